@@ -1,0 +1,302 @@
+"""The attention operator over a paged KV cache: write new rows, attend over all rows.
+
+Promises: right for every input it accepts, and a Python exception naming the argument, its value and
+what is allowed for every other one; it never crashes the process. Knows nothing of frameworks, of who
+owns the blocks, and of which instruction set runs (`bmc_core.native`).
+
+The cache is `[num_blocks, kv heads, block_size, 2 * head size]`, contiguous inside a (block, KV head).
+Only this module's kernels read or write it: inside, K is kept in transposed tiles of 16 rows and V in
+packs of rows (`csrc/attention.h`). Rows that were never written, or were written for somebody else, may
+hold anything, NaN and Inf too.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bmc_core import native
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_SIZES = range(32, 257, 16)
+BLOCK_ROWS = 16
+
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")
+
+
+def _check_cpu_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, dim: int) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: a torch.Tensor")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on device {tensor.device}; allowed: cpu")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {dtype}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {dim} dimensions")
+
+
+def _check_rows(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """`[tokens, heads, head size]`, any strides but the last, which must be 1."""
+    _check_cpu_tensor(name, tensor, dtype, 3)
+    if tensor.stride(2) != 1:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; allowed: a contiguous last dimension"
+        )
+
+
+class _CacheGeometry:
+    """Shape and strides of a KV cache tensor, checked."""
+
+    __slots__ = ("block_size", "head_size", "heads", "num_blocks", "stride_block", "stride_head")
+
+    def __init__(self, kv_cache: torch.Tensor) -> None:
+        if not isinstance(kv_cache, torch.Tensor):
+            raise TypeError(f"kv_cache is a {type(kv_cache).__name__}; allowed: a torch.Tensor")
+        if kv_cache.dtype not in _DTYPE_CODES:
+            raise TypeError(f"kv_cache has dtype {kv_cache.dtype}; allowed: {DTYPES}")
+        _check_cpu_tensor("kv_cache", kv_cache, kv_cache.dtype, 4)
+        self.num_blocks, self.heads, self.block_size, width = kv_cache.shape
+        self.stride_block, self.stride_head, stride_row, stride_element = kv_cache.stride()
+        self.head_size = width // 2
+        _require(
+            width % 2 == 0 and self.head_size in HEAD_SIZES,
+            "kv_cache's last dimension",
+            width,
+            "2 x a head size of 32 to 256 in steps of 16",
+        )
+        _require(
+            self.block_size > 0 and self.block_size % BLOCK_ROWS == 0,
+            "kv_cache's block size",
+            self.block_size,
+            f"multiples of {BLOCK_ROWS}",
+        )
+        if stride_element != 1 or stride_row != width:
+            raise ValueError(
+                f"kv_cache has strides {kv_cache.stride()}; allowed: contiguous inside a "
+                "(block, head), that is head-major blocks"
+            )
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Writes new rows into their slots of the cache.
+
+    Args:
+        key: `[tokens, kv heads, head size]`, the cache's dtype, last dimension contiguous.
+        value: same shape and dtype.
+        kv_cache: `[num_blocks, kv heads, block_size, 2 * head size]`, changed in place.
+        slot_mapping: int64 `[tokens]` or longer, `block * block_size + row`; negative: not written.
+
+    Raises:
+        TypeError: a dtype is not the allowed one.
+        ValueError, IndexError: a shape, stride, device or slot is not allowed. Nothing was written.
+    """
+    cache = _CacheGeometry(kv_cache)
+    _check_rows("key", key, kv_cache.dtype)
+    _check_rows("value", value, kv_cache.dtype)
+    _check_cpu_tensor("slot_mapping", slot_mapping, torch.int64, 1)
+    tokens = key.shape[0]
+    shape = (tokens, cache.heads, cache.head_size)
+    _require(tuple(key.shape) == shape, "key's shape", tuple(key.shape), f"{shape} (kv_cache's)")
+    _require(tuple(value.shape) == shape, "value's shape", tuple(value.shape), f"{shape} (key's)")
+    _require(
+        slot_mapping.shape[0] >= tokens and slot_mapping.is_contiguous(),
+        "slot_mapping's shape",
+        tuple(slot_mapping.shape),
+        f"contiguous, at least {tokens} (one slot per token)",
+    )
+    native.module().write(
+        key.data_ptr(),
+        key.stride(0),
+        key.stride(1),
+        value.data_ptr(),
+        value.stride(0),
+        value.stride(1),
+        kv_cache.data_ptr(),
+        cache.stride_block,
+        cache.stride_head,
+        slot_mapping.data_ptr(),
+        tokens,
+        cache.num_blocks,
+        cache.heads,
+        cache.head_size,
+        cache.block_size,
+        _DTYPE_CODES[kv_cache.dtype],
+    )
+
+
+class AttentionBatch:
+    """One step's batch: which query rows belong to which sequence, and where its KV rows are.
+
+    Built once per step and shared by all layers: what depends only on lengths and blocks (checks, the
+    split over threads) is done at the first layer of each geometry. Not for use by two threads at
+    once. The block table is copied: later changes to it have no effect.
+
+    Args:
+        query_start_loc: int32 `[sequences + 1]`, first query row of each sequence, then the total.
+        seq_lens: int32 `[sequences]`, KV rows of each sequence, this step's rows included.
+        block_table: int32 `[sequences, width]`, block ids; entries past a sequence's length are
+            not read.
+        block_size: rows of one block.
+        causal: the last query row of a sequence sees all its rows, the one before one less, ...;
+            False: every query row sees all rows.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or length is not allowed (lengths and block ids are
+            checked when a layer first uses the batch).
+    """
+
+    def __init__(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        *,
+        causal: bool = True,
+    ) -> None:
+        _check_cpu_tensor("query_start_loc", query_start_loc, torch.int32, 1)
+        _check_cpu_tensor("seq_lens", seq_lens, torch.int32, 1)
+        _check_cpu_tensor("block_table", block_table, torch.int32, 2)
+        sequences = seq_lens.shape[0]
+        _require(
+            query_start_loc.shape[0] == sequences + 1,
+            "query_start_loc's length",
+            query_start_loc.shape[0],
+            f"{sequences + 1} (sequences + 1)",
+        )
+        _require(
+            block_table.shape[0] >= sequences,
+            "block_table's shape",
+            tuple(block_table.shape),
+            f"at least {sequences} rows (one per sequence)",
+        )
+        if block_table.shape[1] > 0 and block_table.stride(1) != 1:
+            raise ValueError(
+                f"block_table has strides {block_table.stride()}; allowed: contiguous rows"
+            )
+        self.query_start_loc = query_start_loc.contiguous()
+        self.seq_lens = seq_lens.contiguous()
+        self.block_table = block_table
+        self.block_size = block_size
+        self.causal = causal
+        self._plans: dict[tuple[int, int, int], object] = {}
+
+    def plan(self, num_query_heads: int, num_kv_heads: int, window: int):
+        """The native plan for one layer geometry; `window` 0 means none."""
+        key = (num_query_heads, num_kv_heads, window)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = native.module().Plan(
+                self.query_start_loc.data_ptr(),
+                self.seq_lens.data_ptr(),
+                self.block_table.data_ptr(),
+                self.seq_lens.shape[0],
+                self.block_table.shape[1],
+                self.block_table.stride(0),
+                self.block_size,
+                num_query_heads,
+                num_kv_heads,
+                window,
+                self.causal,
+                0,
+            )
+            self._plans[key] = plan
+        return plan
+
+
+def _per_head(name: str, tensor: torch.Tensor | None, heads: int) -> int:
+    """Address of a float32 `[heads]` tensor, 0 for None."""
+    if tensor is None:
+        return 0
+    _check_cpu_tensor(name, tensor, torch.float32, 1)
+    _require(
+        tensor.shape[0] == heads and tensor.is_contiguous(),
+        f"{name}'s shape",
+        tuple(tensor.shape),
+        f"contiguous ({heads},), one value per query head",
+    )
+    return tensor.data_ptr()
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of every query row over its sequence's KV rows, written into `out`.
+
+    Logits are `scale * q.k`, then `cap * tanh(logit / cap)` where `logits_soft_cap` is not 0, then
+    `+ slope * (key position - query position)`; `sinks` adds one logit per head to the softmax's
+    denominator only. Sums are float32; with bfloat16 instructions the probabilities are rounded to
+    bfloat16 before they weigh V. A query row that sees no KV row gives zeros.
+
+    Args:
+        query: `[tokens, query heads, head size]`, the cache's dtype, last dimension contiguous.
+        kv_cache: `[num_blocks, kv heads, block_size, 2 * head size]`.
+        batch: which rows belong to whom; its query rows must be all of `query`'s.
+        out: same shape and dtype as `query`.
+        scale: factor of the logits, usually `head_size ** -0.5`.
+        sliding_window: a query sees this many rows, its own included; None: all.
+        alibi_slopes: float32 `[query heads]`.
+        logits_soft_cap: 0: none.
+        sinks: float32 `[query heads]`.
+
+    Raises:
+        TypeError: a dtype is not the allowed one.
+        ValueError, IndexError: a shape, stride, device, length or block id is not allowed.
+    """
+    cache = _CacheGeometry(kv_cache)
+    _check_rows("query", query, kv_cache.dtype)
+    _check_rows("out", out, kv_cache.dtype)
+    tokens, heads, head_size = query.shape
+    _require(head_size == cache.head_size, "query's head size", head_size, f"{cache.head_size}")
+    _require(out.shape == query.shape, "out's shape", tuple(out.shape), f"{tuple(query.shape)}")
+    _require(
+        batch.block_size == cache.block_size,
+        "the batch's block_size",
+        batch.block_size,
+        f"{cache.block_size} (kv_cache's)",
+    )
+    _require(
+        sliding_window is None or sliding_window > 0,
+        "sliding_window",
+        sliding_window,
+        "a positive number of rows, or None",
+    )
+    _require(logits_soft_cap >= 0.0, "logits_soft_cap", logits_soft_cap, "0 (none) or positive")
+    slopes = _per_head("alibi_slopes", alibi_slopes, heads)
+    sink_logits = _per_head("sinks", sinks, heads)
+    plan = batch.plan(heads, cache.heads, sliding_window or 0)
+    _require(plan.num_tokens == tokens, "query's rows", tokens, f"{plan.num_tokens} (the batch's)")
+    native.module().attend(
+        plan,
+        query.data_ptr(),
+        query.stride(0),
+        query.stride(1),
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        kv_cache.data_ptr(),
+        cache.num_blocks,
+        cache.stride_block,
+        cache.stride_head,
+        head_size,
+        _DTYPE_CODES[kv_cache.dtype],
+        scale,
+        logits_soft_cap,
+        slopes,
+        sink_logits,
+    )

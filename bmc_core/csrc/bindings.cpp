@@ -1,0 +1,168 @@
+// The native module bmc_core._native: addresses, shapes and strides in; exceptions out. What a tensor
+// may be is checked in bmc_core/attention.py; here everything that a wrong value could turn into a
+// wild address is checked again.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cache_write.h"
+#include "cpu_features.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace bmc {
+namespace {
+
+const std::vector<const KernelTable*>& usable() {
+  static const std::vector<const KernelTable*> kernels = usable_kernels();
+  return kernels;
+}
+
+const KernelTable*& selected() {
+  static const KernelTable* kernels = usable().front();
+  return kernels;
+}
+
+std::vector<std::string> usable_names() {
+  std::vector<std::string> names;
+  for (const KernelTable* kernels : usable()) names.emplace_back(kernels->name);
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  for (const KernelTable* kernels : usable()) {
+    if (name == kernels->name) {
+      selected() = kernels;
+      return;
+    }
+  }
+  std::string allowed;
+  for (const std::string& n : usable_names()) allowed += (allowed.empty() ? "" : ", ") + n;
+  throw std::invalid_argument("instruction set '" + name + "' is not usable here; allowed: " +
+                              allowed);
+}
+
+// Aligned memory that grows and is kept: one per calling thread, reused by every layer and step.
+class Workspace {
+ public:
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      data_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      if (!data_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+      size_ = bytes;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+  int64_t size_ = 0;
+};
+
+Plan make_plan(uintptr_t query_start, uintptr_t seq_lens, uintptr_t block_table, int64_t num_seqs,
+               int64_t table_width, int64_t table_stride, int32_t block_size,
+               int32_t num_query_heads, int32_t num_kv_heads, int32_t window, bool causal,
+               int32_t num_threads) {
+  return Plan({reinterpret_cast<const int32_t*>(query_start),
+               reinterpret_cast<const int32_t*>(seq_lens),
+               reinterpret_cast<const int32_t*>(block_table), num_seqs, table_width, table_stride,
+               block_size, num_query_heads, num_kv_heads, window, causal,
+               num_threads > 0 ? num_threads : omp_get_max_threads()});
+}
+
+void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t query_stride_head,
+            uintptr_t out, int64_t out_stride_token, int64_t out_stride_head, uintptr_t cache,
+            int64_t num_blocks, int64_t cache_stride_block, int64_t cache_stride_head,
+            int32_t head_size, int dtype, float scale, float softcap, uintptr_t alibi_slopes,
+            uintptr_t sinks) {
+  if (plan.min_block() < 0 || plan.max_block() >= num_blocks) {
+    const int32_t wrong = plan.min_block() < 0 ? plan.min_block() : plan.max_block();
+    throw std::out_of_range("block table holds block id " + std::to_string(wrong) +
+                            "; allowed: 0 to " + std::to_string(num_blocks - 1));
+  }
+  const KernelTable& kernels = *selected();
+  AttentionArgs args;
+  args.plan = plan.view();
+  args.query = reinterpret_cast<const void*>(query);
+  args.query_stride_token = query_stride_token;
+  args.query_stride_head = query_stride_head;
+  args.out = reinterpret_cast<void*>(out);
+  args.out_stride_token = out_stride_token;
+  args.out_stride_head = out_stride_head;
+  args.cache = reinterpret_cast<const void*>(cache);
+  args.cache_stride_block = cache_stride_block;
+  args.cache_stride_head = cache_stride_head;
+  args.head_size = head_size;
+  args.dtype = static_cast<DType>(dtype);
+  args.scale = scale;
+  args.softcap = softcap;
+  args.alibi_slopes = reinterpret_cast<const float*>(alibi_slopes);
+  args.sinks = reinterpret_cast<const float*>(sinks);
+  args.num_threads = plan.num_threads();
+  args.scratch_bytes = kernels.scratch_bytes(args.plan.max_rows, head_size);
+  const int64_t scratch = args.scratch_bytes * args.num_threads;
+  const int64_t partials =
+      plan.num_partial_rows() * (head_size + 2) * static_cast<int64_t>(sizeof(float));
+  static thread_local Workspace workspace;
+  args.scratch = workspace.reserve(scratch + partials);
+  args.partials = reinterpret_cast<float*>(args.scratch + scratch);
+  int64_t next_item = 0;
+  args.next_item = &next_item;
+  py::gil_scoped_release release;
+  kernels.attend(args);
+}
+
+void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head, uintptr_t value,
+           int64_t value_stride_token, int64_t value_stride_head, uintptr_t cache,
+           int64_t cache_stride_block, int64_t cache_stride_head, uintptr_t slots,
+           int64_t num_tokens, int64_t num_blocks, int32_t num_kv_heads, int32_t head_size,
+           int32_t block_size, int dtype) {
+  py::gil_scoped_release release;
+  write_cache({reinterpret_cast<const void*>(key), reinterpret_cast<const void*>(value),
+               key_stride_token, key_stride_head, value_stride_token, value_stride_head,
+               reinterpret_cast<void*>(cache), cache_stride_block, cache_stride_head,
+               reinterpret_cast<const int64_t*>(slots), num_tokens, num_blocks, num_kv_heads,
+               head_size, block_size, static_cast<DType>(dtype), omp_get_max_threads()});
+}
+
+}  // namespace
+}  // namespace bmc
+
+PYBIND11_MODULE(_native, m) {
+  using namespace bmc;
+  m.doc() = "Native kernels of bmc_core; use bmc_core.attention, which checks what it passes on.";
+  m.def("usable_isas", &usable_names, "Instruction sets that this machine can run, best first.");
+  m.def("isa", [] { return std::string(selected()->name); });
+  m.def("select_isa", &select_isa);
+  m.def("num_threads", [] { return omp_get_max_threads(); });
+  py::class_<Plan>(m, "Plan")
+      .def(py::init(&make_plan))
+      .def_property_readonly("num_tokens", &Plan::num_tokens)
+      .def_property_readonly("num_kv_heads", &Plan::num_kv_heads)
+      .def_property_readonly("num_query_heads", &Plan::num_query_heads)
+      .def_property_readonly("block_size", &Plan::block_size)
+      .def_property_readonly("num_threads", &Plan::num_threads)
+      .def("work_items", [](const Plan& plan) {
+        std::vector<py::tuple> rows;
+        for (const WorkItem& item : plan.items()) {
+          rows.push_back(py::make_tuple(item.seq, item.kv_head, item.query_begin, item.query_count,
+                                        item.kv_begin, item.kv_end, item.split_group));
+        }
+        return rows;
+      });
+  m.def("attend", &attend);
+  m.def("write", &write_rows);
+}

@@ -1,0 +1,57 @@
+// The plan of one step: which query rows meet which KV rows, split over threads. Built once per step,
+// used by every layer of the same geometry. Knows nothing of tensors' contents or instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+
+namespace bmc {
+
+struct PlanInput {
+  const int32_t* query_start;  // [num_seqs + 1]
+  const int32_t* seq_lens;     // [num_seqs]
+  const int32_t* block_table;  // [num_seqs][table_width], rows table_stride apart
+  int64_t num_seqs;
+  int64_t table_width;
+  int64_t table_stride;
+  int32_t block_size;
+  int32_t num_query_heads;
+  int32_t num_kv_heads;
+  int32_t window;  // 0: none
+  bool causal;
+  int32_t num_threads;
+};
+
+class Plan {
+ public:
+  // Copies what it needs of the input. Throws std::invalid_argument naming what is wrong.
+  explicit Plan(const PlanInput& input);
+
+  PlanView view();
+  int64_t num_tokens() const { return query_start_.empty() ? 0 : query_start_.back(); }
+  int32_t min_block() const { return min_block_; }
+  int32_t max_block() const { return max_block_; }
+  int32_t num_kv_heads() const { return num_kv_heads_; }
+  int32_t num_query_heads() const { return num_kv_heads_ * group_size_; }
+  int32_t block_size() const { return block_size_; }
+  int32_t num_threads() const { return num_threads_; }  // 1 where the work is too small to share
+  int64_t num_partial_rows() const { return num_partial_rows_; }
+  const std::vector<WorkItem>& items() const { return items_; }
+
+ private:
+  void copy_sequences(const PlanInput& input);
+  void make_items(int32_t wanted_threads);
+
+  std::vector<int32_t> query_start_, seq_lens_, blocks_;
+  std::vector<int64_t> block_start_;
+  std::vector<WorkItem> items_;
+  std::vector<SplitGroup> split_groups_;
+  int32_t block_size_, num_kv_heads_, group_size_, window_, num_threads_ = 1;
+  int32_t min_block_ = 0, max_block_ = -1, max_rows_ = 1;
+  int64_t num_partial_rows_ = 0;
+  bool causal_;
+};
+
+}  // namespace bmc

@@ -1,0 +1,86 @@
+// Sixteen float lanes as one AVX-512 register (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace bmc::BMC_ISA_NAMESPACE {
+namespace {
+
+struct F32x16 {
+  __m512 v;
+};
+
+inline F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+// 0 where x < bound, else a; a NaN in x keeps a.
+inline F32x16 zero_below(F32x16 a, F32x16 x, float bound) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_NLT_UQ), a.v)};
+}
+// Lanes outside [lo, hi) become fill.
+inline F32x16 keep_lanes(F32x16 a, int lo, int hi, float fill) {
+  const uint32_t below_hi = hi >= 16 ? 0xffffu : hi <= 0 ? 0u : (1u << hi) - 1u;
+  const uint32_t below_lo = lo >= 16 ? 0xffffu : lo <= 0 ? 0u : (1u << lo) - 1u;
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(below_hi & ~below_lo),
+                             a.v)};
+}
+inline F32x16 iota() {
+  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_add(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
+inline F32x16 round_nearest(F32x16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for whole n.
+inline F32x16 scale_by_power_of_two(F32x16 a, F32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline __m256i load_i256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline F32x16 load_half(const uint16_t* p) { return {_mm512_cvtph_ps(load_i256(p))}; }
+inline void store_half(uint16_t* p, F32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F32x16 load_bfloat(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_i256(p)), 16))};
+}
+inline void store_bfloat(uint16_t* p, F32x16 a) {
+#ifdef __AVX512BF16__
+  // vcvtneps2bf16 treats subnormals as zero: below 2^-126, far under any tolerance.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+#else
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet)));
+#endif
+}
+// Sixteen bfloat16 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
+inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  first->v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  second->v = _mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Register blocking: query rows x vectors of one product, 24 of the 32 registers as accumulators.
+constexpr int kRowBlock = 6;
+constexpr int kScoreTiles = 4;
+constexpr int kValueVectors = 4;
+
+}  // namespace
+}  // namespace bmc::BMC_ISA_NAMESPACE

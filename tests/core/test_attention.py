@@ -1,0 +1,161 @@
+"""The operator against a float32 einsum reference, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Case, Inputs, assert_matches_reference
+
+from bmc_core import native
+from bmc_core.attention import DTYPES, HEAD_SIZES
+
+R = 128
+EDGE_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, R - 1, R, R + 1, 300]
+
+
+@pytest.fixture(params=native.usable_isas())
+def isa(request):
+    with native.forced_isa(request.param):
+        yield request.param
+
+
+@st.composite
+def cases(draw) -> Case:
+    kv_heads = draw(st.integers(1, 3))
+    group = draw(st.sampled_from([1, 2, 3, 4, 7] if kv_heads > 1 else [1, 4, 8, 71]))
+    seq_lens, query_lens = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        seq_len = draw(st.sampled_from(EDGE_LENGTHS) | st.integers(0, 400))
+        query_len = draw(st.sampled_from([1, 1, 2, 5, 9, 33, 64, seq_len]))
+        seq_lens.append(seq_len)
+        query_lens.append(min(query_len, seq_len))
+    causal = draw(st.booleans())
+    return Case(
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        query_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_size=draw(st.sampled_from(HEAD_SIZES)),
+        block_size=draw(st.sampled_from([16, 32, 48, 128])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        causal=causal,
+        sliding_window=draw(st.none() | st.integers(1, 400)) if causal else None,
+        alibi=draw(st.booleans()) if causal else False,
+        logits_soft_cap=draw(st.sampled_from([0.0, 0.0, 5.0, 50.0])),
+        sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+        poison=draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0])),
+    )
+
+
+@pytest.mark.parametrize("name", native.usable_isas())
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=cases())
+def test_matches_reference(name: str, case: Case) -> None:
+    with native.forced_isa(name):
+        assert_matches_reference(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_every_head_size(isa: str, dtype: torch.dtype, head_size: int) -> None:
+    assert_matches_reference(
+        Case(seq_lens=[77, 40], query_lens=[1, 6], head_size=head_size, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", EDGE_LENGTHS)
+def test_lengths_around_a_chunk(isa: str, dtype: torch.dtype, length: int) -> None:
+    assert_matches_reference(
+        Case(seq_lens=[length, 5], query_lens=[min(1, length), 1], dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_batch(isa: str, dtype: torch.dtype) -> None:
+    """Decodes, a verification, a prefill and a prefill chunk in one call."""
+    assert_matches_reference(
+        Case(
+            seq_lens=[513, 64, 129, 300, 190],
+            query_lens=[1, 1, 6, 300, 90],
+            query_heads=8,
+            kv_heads=2,
+            head_size=128,
+            dtype=dtype,
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(1, 1), (32, 1), (71, 1), (8, 8)])
+def test_one_long_sequence_is_split(
+    isa: str, dtype: torch.dtype, query_heads: int, kv_heads: int
+) -> None:
+    """A single long sequence is cut along its rows so that no thread runs it alone."""
+    case = Case(
+        seq_lens=[4097],
+        query_lens=[2],
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        dtype=dtype,
+        sinks=True,
+    )
+    inputs = Inputs(case)
+    items = inputs.batch().plan(query_heads, kv_heads, 0).work_items()
+    if native.num_threads() > 1 and kv_heads == 1:
+        assert all(split_group >= 0 for *_, split_group in items)
+    for head, query_begin, count in {(item[1], item[2], item[3]) for item in items}:
+        shares = [item for item in items if (item[1], item[2]) == (head, query_begin)]
+        spans = sorted((item[4], item[5]) for item in shares)
+        assert [begin for begin, _ in spans] == [0, *(end for _, end in spans[:-1])]
+        assert spans[-1][1] == 4097 - 2 + query_begin + count
+    assert_matches_reference(case)
+
+
+def test_a_batch_serves_many_layers_and_geometries(isa: str) -> None:
+    inputs = Inputs(Case(seq_lens=[2048, 33], query_lens=[1, 1], query_heads=4, kv_heads=1))
+    batch = inputs.batch()
+    first = inputs.run(batch)
+    for _ in range(3):
+        assert torch.equal(inputs.run(batch), first)
+
+
+def test_later_changes_of_the_block_table_have_no_effect() -> None:
+    inputs = Inputs(Case(seq_lens=[100], query_lens=[1]))
+    batch = inputs.batch()
+    expected = inputs.run(batch)
+    inputs.block_table.fill_(2**30)
+    assert torch.equal(inputs.run(batch), expected)
+
+
+def test_strided_query_and_output(isa: str) -> None:
+    """vLLM hands views of a fused QKV buffer."""
+    inputs = Inputs(Case(seq_lens=[40, 90], query_lens=[3, 1], dtype=torch.bfloat16))
+    expected = inputs.run()
+    tokens, heads, head_size = inputs.query.shape
+    fused = torch.randn(tokens, 3 * heads, head_size, dtype=torch.bfloat16)
+    fused[:, heads : 2 * heads] = inputs.query
+    inputs.query = fused[:, heads : 2 * heads]
+    assert torch.equal(inputs.run(), expected)
+
+
+def test_nan_in_a_seen_row_reaches_the_output(isa: str) -> None:
+    """Masking hides stale rows only: a NaN that the model produced must not be hidden."""
+    for dtype in DTYPES:
+        inputs = Inputs(Case(seq_lens=[50, 50], query_lens=[1, 1], dtype=dtype, poison=0.0))
+        row = 10
+        block = int(inputs.block_table[0, row // 32])
+        from bmc_core.attention import write_kv
+
+        bad = torch.full((1, 2, 64), float("nan"), dtype=dtype)
+        write_kv(bad, bad, inputs.kv_cache, torch.tensor([block * 32 + row]))
+        out = inputs.run()
+        assert torch.isnan(out[0]).all()
+        assert torch.isfinite(out[1]).all()
+
+
+def test_empty_batch() -> None:
+    assert_matches_reference(Case(seq_lens=[5, 0], query_lens=[0, 0]))
