@@ -21,6 +21,7 @@ ISA_FLAGS = {
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -89,6 +89,7 @@ const KernelTable& kernels_portable();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
 const KernelTable& kernels_avx512_bf16();
+const KernelTable& kernels_amx_bf16();
 #endif
 
 }  // namespace bmc

@@ -2,6 +2,10 @@
 
 #ifdef BMC_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace bmc {
@@ -27,6 +31,16 @@ unsigned long long enabled_state() {
 
 bool bit(unsigned word, int index) { return (word >> index) & 1u; }
 
+// Linux saves the tile registers only of processes that asked for them.
+bool tiles_permitted() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 std::vector<const KernelTable*> usable_kernels() {
@@ -39,7 +53,11 @@ std::vector<const KernelTable*> usable_kernels() {
   const bool avx512 = avx2 && zmm && bit(extended.ebx, 16) && bit(extended.ebx, 17) &&
                       bit(extended.ebx, 30) && bit(extended.ebx, 31);  // F, DQ, BW, VL
   const bool bf16 = avx512 && bit(more.eax, 5);
+  const bool tile_state = (state & 0x60000) == 0x60000;  // tile configuration and data
+  const bool amx = bf16 && tile_state && bit(extended.edx, 22) && bit(extended.edx, 24) &&
+                   tiles_permitted();
   std::vector<const KernelTable*> found;
+  if (amx) found.push_back(&kernels_amx_bf16());
   if (bf16) found.push_back(&kernels_avx512_bf16());
   if (avx512) found.push_back(&kernels_avx512());
   if (avx2) found.push_back(&kernels_avx2());

@@ -4,6 +4,7 @@
 //   Arith      the type that the left operand (query, probabilities) is packed to
 //   kPack      P of the cache layout: how many products one `dot` adds to each lane
 //   Right      one vector load of the cache: 16 lanes x kPack
+//   kExpDegree degree of the exponential's polynomial: as exact as the probabilities are stored
 //   Left       kPack values of the left operand, broadcast to all lanes
 #pragma once
 
@@ -13,6 +14,7 @@ namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
 struct Float32 {
+  static constexpr int kExpDegree = 5;
   using Storage = float;
   using Arith = float;
   using Right = F32x16;
@@ -27,6 +29,7 @@ struct Float32 {
 };
 
 struct Float16 {
+  static constexpr int kExpDegree = 5;
   using Storage = uint16_t;
   using Arith = float;
   using Right = F32x16;
@@ -42,6 +45,7 @@ struct Float16 {
 
 #ifdef __AVX512BF16__
 struct BFloat16 {
+  static constexpr int kExpDegree = 4;
   using Storage = uint16_t;
   using Arith = uint16_t;  // probabilities are rounded to bfloat16, sums stay in float32
   using Right = __m512i;
@@ -65,6 +69,7 @@ struct BFloat16 {
   struct Pair {
     F32x16 first, second;
   };
+  static constexpr int kExpDegree = 5;
   using Storage = uint16_t;
   using Arith = float;
   using Right = Pair;

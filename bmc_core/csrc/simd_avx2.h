@@ -42,12 +42,6 @@ inline F32x16 max(F32x16 a, F32x16 b) {
 inline F32x16 min(F32x16 a, F32x16 b) {
   return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
 }
-// 0 where x < bound, else a; a NaN in x keeps a.
-inline F32x16 zero_below(F32x16 a, F32x16 x, float bound) {
-  const __m256 b = _mm256_set1_ps(bound);
-  return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, b, _CMP_NLT_UQ)),
-          _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, b, _CMP_NLT_UQ))};
-}
 inline F32x16 iota() {
   return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
 }
@@ -75,16 +69,23 @@ inline float reduce_add(F32x16 a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
-inline F32x16 round_nearest(F32x16 a) {
-  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
+// max(x, -126), NaN for NaN: where 2^x is still a normal number.
+inline F32x16 normal_exponent(F32x16 x) { return max(set1(-126.f), x); }
+// x - floor(x) for x of at least -126.
+inline F32x16 fraction(F32x16 x) {
+  const F32x16 c = normal_exponent(x);
+  return {_mm256_sub_ps(c.lo, _mm256_floor_ps(c.lo)), _mm256_sub_ps(c.hi, _mm256_floor_ps(c.hi))};
 }
-// a * 2^n for whole n, results within the normal range.
-inline F32x16 scale_by_power_of_two(F32x16 a, F32x16 n) {
-  const __m256i lo = _mm256_slli_epi32(_mm256_cvtps_epi32(n.lo), 23);
-  const __m256i hi = _mm256_slli_epi32(_mm256_cvtps_epi32(n.hi), 23);
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.lo), lo)),
-          _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.hi), hi))};
+inline __m256 add_exponent(__m256 a, __m256 c, __m256 x) {
+  const __m256i n = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(c)), 23);
+  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+  // 0 where x is below the range; a NaN in x keeps the NaN that a is then.
+  return _mm256_and_ps(scaled, _mm256_cmp_ps(x, _mm256_set1_ps(-126.f), _CMP_NLT_UQ));
+}
+// a * 2^floor(x) for a in [1, 2], 0 for x below -126.
+inline F32x16 scale_by_floor_power(F32x16 a, F32x16 x) {
+  const F32x16 c = normal_exponent(x);
+  return {add_exponent(a.lo, c.lo, x.lo), add_exponent(a.hi, c.hi, x.hi)};
 }
 inline __m128i load_i128(const void* p) {
   return _mm_loadu_si128(static_cast<const __m128i*>(p));

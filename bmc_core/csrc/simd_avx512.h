@@ -22,10 +22,6 @@ inline F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
-// 0 where x < bound, else a; a NaN in x keeps a.
-inline F32x16 zero_below(F32x16 a, F32x16 x, float bound) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_NLT_UQ), a.v)};
-}
 // Lanes outside [lo, hi) become fill.
 inline F32x16 keep_lanes(F32x16 a, int lo, int hi, float fill) {
   const uint32_t below_hi = hi >= 16 ? 0xffffu : hi <= 0 ? 0u : (1u << hi) - 1u;
@@ -38,11 +34,12 @@ inline F32x16 iota() {
 }
 inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 inline float reduce_add(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
-inline F32x16 round_nearest(F32x16 a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+// x - floor(x); 0 for an infinite x.
+inline F32x16 fraction(F32x16 x) {
+  return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n for whole n.
-inline F32x16 scale_by_power_of_two(F32x16 a, F32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// a * 2^floor(x), 0 where that is too small.
+inline F32x16 scale_by_floor_power(F32x16 a, F32x16 x) { return {_mm512_scalef_ps(a.v, x.v)}; }
 inline __m256i load_i256(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }

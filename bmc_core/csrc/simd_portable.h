@@ -55,12 +55,6 @@ inline F32x16 min(F32x16 a, F32x16 b) {
   BMC_EACH4 a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
-// 0 where x < bound, else a; a NaN in x keeps a.
-inline F32x16 zero_below(F32x16 a, F32x16 x, float bound) {
-  const Float4 b = {bound, bound, bound, bound}, zero = {0, 0, 0, 0};
-  BMC_EACH4 a.v[i] = x.v[i] < b ? zero : a.v[i];
-  return a;
-}
 // Lanes outside [lo, hi) become fill.
 inline F32x16 keep_lanes(F32x16 a, int lo, int hi, float fill) {
   BMC_EACH4 for (int j = 0; j < 4; ++j) {
@@ -83,20 +77,29 @@ inline float reduce_add(F32x16 a) {
   const Float4 s = (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
-// Splits x into the nearest integer (returned as float) and leaves |x - n| <= 0.5. |x| < 2^22.
-inline F32x16 round_nearest(F32x16 a) {
-  const Float4 magic = {12582912.f, 12582912.f, 12582912.f, 12582912.f};  // 1.5 * 2^23
-  BMC_EACH4 {
-    volatile Float4 shifted = a.v[i] + magic;  // volatile: no re-association under -ffast-math
-    a.v[i] = shifted - magic;
-  }
-  return a;
+// floor(max(x, -126)); anything for NaN.
+inline Int4 floor_exponent(Float4 x) {
+  const Float4 least = {-126.f, -126.f, -126.f, -126.f};
+  const Float4 c = x > least ? x : least;  // not x for NaN: its conversion would be undefined
+  const Int4 truncated = __builtin_convertvector(c, Int4);
+  return truncated + (__builtin_convertvector(truncated, Float4) > c);  // a true lane is -1
 }
-// a * 2^n for whole n, results within the normal range.
-inline F32x16 scale_by_power_of_two(F32x16 a, F32x16 n) {
+// x - floor(x) for x of at least -126; NaN for NaN.
+inline F32x16 fraction(F32x16 x) {
+  const Float4 least = {-126.f, -126.f, -126.f, -126.f};
   BMC_EACH4 {
-    const Int4 shift = __builtin_convertvector(n.v[i], Int4) << 23;
-    a.v[i] = (Float4)((Int4)a.v[i] + shift);
+    const Float4 floor = __builtin_convertvector(floor_exponent(x.v[i]), Float4);
+    const Float4 c = x.v[i] < least ? least : x.v[i];
+    x.v[i] = c - floor;
+  }
+  return x;
+}
+// a * 2^floor(x) for a in [1, 2], 0 for x below -126; NaN where a is NaN.
+inline F32x16 scale_by_floor_power(F32x16 a, F32x16 x) {
+  const Float4 least = {-126.f, -126.f, -126.f, -126.f}, zero = {0, 0, 0, 0};
+  BMC_EACH4 {
+    const Float4 scaled = (Float4)((Int4)a.v[i] + (floor_exponent(x.v[i]) << 23));
+    a.v[i] = x.v[i] == x.v[i] ? (x.v[i] < least ? zero : scaled) : x.v[i];
   }
   return a;
 }

@@ -51,7 +51,7 @@ def cases(draw) -> Case:
 
 
 @pytest.mark.parametrize("name", native.usable_isas())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(case=cases())
 def test_matches_reference(name: str, case: Case) -> None:
     with native.forced_isa(name):

@@ -1,0 +1,173 @@
+// An item computed with AMX matrix tiles (bfloat16): 32 query rows by 256 KV rows at a time. The cache
+// layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand tiles of 16 pair rows
+// by 64 bytes, and V's row pairs [rows/2][D][2] are right-hand tiles with a row stride of D pairs.
+// Worth it from about one tile of query rows on; needs head and block sizes in steps of 32.
+#pragma once
+
+#include "item.h"
+
+namespace bmc::BMC_ISA_NAMESPACE {
+namespace {
+
+constexpr int kTileDim = 32;   // dimensions, or KV rows, that one tile product sums over
+constexpr int kGroupRows = 32; // KV rows of one right-hand pair of tiles
+constexpr int kMinTileRows = 8;
+
+// The compiler's tile intrinsics do not say that they read memory.
+inline void stores_before_tiles() { __asm__ volatile("" ::: "memory"); }
+
+struct TileConfig {
+  alignas(64) uint8_t bytes[64];
+  TileConfig() {
+    memset(bytes, 0, sizeof(bytes));
+    bytes[0] = 1;  // palette
+    for (int t = 0; t < 8; ++t) {
+      bytes[16 + 2 * t] = 64;  // bytes per row
+      bytes[48 + t] = 16;      // rows
+    }
+  }
+};
+
+class TileItem : Item<BFloat16> {
+  using E = BFloat16;
+
+ public:
+  TileItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
+      : Item(args, work, scratch) {}
+
+  static bool fits(const AttentionArgs& args, const WorkItem& work) {
+    return work.query_count * args.plan.group_size >= kMinTileRows &&
+           args.head_size % kTileDim == 0 && args.plan.block_size % kGroupRows == 0;
+  }
+
+  void run() {
+    begin();
+    edge_ = s_.edge;
+    for (int kv = work_.kv_begin & ~(kGroupRows - 1); kv < work_.kv_end; kv += kPanelColumns) {
+      step(kv);
+    }
+    end();
+  }
+
+ private:
+  static constexpr int kGroups = kPanelColumns / kGroupRows;
+
+  void step(int kv) {
+    const int rest = work_.kv_end - kv;
+    const int groups = rest >= kPanelColumns ? kGroups : (rest + kGroupRows - 1) / kGroupRows;
+    const Storage* keys[kGroups];
+    const Storage* values[kGroups];
+    for (int g = 0; g < groups; ++g) {
+      const int row = kv + g * kGroupRows;
+      keys[g] = key_tile(row);
+      values[g] = usable_values(keys[g] + value_offset(), row, kGroupRows, edge_);
+    }
+    for (int row = 0; row < rows_; row += kPanelRows) {
+      const int count = rows_ - row < kPanelRows ? rows_ - row : kPanelRows;
+      const int visible = s_.limit[row + count - 1] - kv;
+      if (visible <= 0) continue;
+      const int seen = (visible + kGroupRows - 1) / kGroupRows;
+      const int used = seen < groups ? seen : groups;
+      const bool two = count > 16;
+      two ? score<true>(row, used, keys) : score<false>(row, used, keys);
+      const int columns = used * kGroupRows;
+      const bool masked = s_.limit[row] < kv + columns || s_.lower[row + count - 1] > kv;
+      for (int m = 0; m < count; ++m) {
+        const float correction = softmax(row + m, s_.scores + m * kPanelColumns,
+                                         s_.probs + m * kPanelColumns, kv, columns, masked);
+        if (correction != 1.f) rescale(row + m, correction);
+      }
+      two ? weigh<true>(row, used, values) : weigh<false>(row, used, values);
+    }
+  }
+
+  void rescale(int row, float correction) {
+    float* acc = s_.acc + row * head_size_;
+    for (int d = 0; d < head_size_; d += 16) {
+      store(acc + d, mul(load(acc + d), set1(correction)));
+    }
+  }
+
+  // scores[32][32 * groups] = query . K; kTwo: more than 16 rows, else the second half is left out.
+  template <bool kTwo>
+  void score(int row, int groups, const Storage* const* keys) {
+    const Arith* q = s_.query + row * head_size_;
+    const int64_t query_stride = head_size_ * static_cast<int64_t>(sizeof(Arith));
+    constexpr int64_t kScoreStride = kPanelColumns * sizeof(float);
+    const int64_t second_tile = kTileRows * head_size_;
+    stores_before_tiles();
+    for (int g = 0; g < groups; ++g) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (kTwo) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      const Storage* key = keys[g];
+      for (int d = 0; d < head_size_; d += kTileDim) {
+        _tile_loadd(6, key + d * kTileRows, 64);
+        _tile_loadd(7, key + second_tile + d * kTileRows, 64);
+        _tile_loadd(4, q + d, query_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kTwo) {
+          _tile_loadd(5, q + 16 * head_size_ + d, query_stride);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      float* scores = s_.scores + g * kGroupRows;
+      _tile_stored(0, scores, kScoreStride);
+      _tile_stored(1, scores + 16, kScoreStride);
+      if constexpr (kTwo) {
+        _tile_stored(2, scores + 16 * kPanelColumns, kScoreStride);
+        _tile_stored(3, scores + 16 * kPanelColumns + 16, kScoreStride);
+      }
+    }
+    stores_before_tiles();
+  }
+
+  // acc[32][D] += probs[32][32 * groups] . V
+  template <bool kTwo>
+  void weigh(int row, int groups, const Storage* const* values) {
+    float* acc = s_.acc + row * head_size_;
+    const int64_t acc_stride = head_size_ * static_cast<int64_t>(sizeof(float));
+    const int64_t value_stride = head_size_ * 2 * static_cast<int64_t>(sizeof(Storage));
+    constexpr int64_t kProbStride = kPanelColumns * sizeof(Arith);
+    stores_before_tiles();
+    for (int d = 0; d < head_size_; d += 32) {
+      float* out = acc + d;
+      _tile_loadd(0, out, acc_stride);
+      _tile_loadd(1, out + 16, acc_stride);
+      if constexpr (kTwo) {
+        _tile_loadd(2, out + 16 * head_size_, acc_stride);
+        _tile_loadd(3, out + 16 * head_size_ + 16, acc_stride);
+      }
+      for (int g = 0; g < groups; ++g) {
+        const Arith* p = s_.probs + g * kGroupRows;
+        _tile_loadd(6, values[g] + d * 2, value_stride);
+        _tile_loadd(7, values[g] + d * 2 + 32, value_stride);
+        _tile_loadd(4, p, kProbStride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kTwo) {
+          _tile_loadd(5, p + 16 * kPanelColumns, kProbStride);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, out, acc_stride);
+      _tile_stored(1, out + 16, acc_stride);
+      if constexpr (kTwo) {
+        _tile_stored(2, out + 16 * head_size_, acc_stride);
+        _tile_stored(3, out + 16 * head_size_ + 16, acc_stride);
+      }
+    }
+    stores_before_tiles();
+  }
+
+  Storage* edge_ = nullptr;
+};
+
+}  // namespace
+}  // namespace bmc::BMC_ISA_NAMESPACE

@@ -1,0 +1,195 @@
+// An item computed with vector registers: 64 KV rows at a time, a few query rows by a few vectors in
+// registers. Any element type, head size and block size.
+#pragma once
+
+#include "item.h"
+
+namespace bmc::BMC_ISA_NAMESPACE {
+namespace {
+
+// scores[MR][NT tiles of 16] = query[MR][D] . K; tiles[n]: [D/P][16][P]. While the first row block
+// passes, the same bytes of V and of the next step's K are fetched.
+template <class E, int MR, int NT, bool kFetch>
+inline void score_block(const typename E::Arith* query, int head_size,
+                        const typename E::Storage* const* tiles, float* scores,
+                        const typename E::Storage* const* fetch_v,
+                        const typename E::Storage* const* fetch_k) {
+  constexpr int kStride = kTileRows * E::kPack;
+  F32x16 acc[MR][NT];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NT; ++n) acc[m][n] = set1(0.f);
+  }
+  const int packs = head_size / E::kPack;
+  for (int k = 0; k < packs; ++k) {
+    typename E::Right b[NT];
+#pragma GCC unroll 8
+    for (int n = 0; n < NT; ++n) {
+      b[n] = E::right(tiles[n] + k * kStride);
+      if constexpr (kFetch) {
+        __builtin_prefetch(fetch_v[n] + k * kStride, 0, 3);
+        __builtin_prefetch(fetch_k[n] + k * kStride, 0, 2);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const typename E::Left a = E::left(query + m * head_size + k * E::kPack);
+#pragma GCC unroll 8
+      for (int n = 0; n < NT; ++n) E::dot(acc[m][n], a, b[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NT; ++n) store(scores + m * kPanelColumns + n * kTileRows, acc[m][n]);
+  }
+}
+
+// acc[MR][16 * NV dimensions] = acc * correction + probs[MR][16 * tiles] . V; tiles[t]: [16/P][D][P].
+template <class E, int MR, int NV>
+inline void value_block(const typename E::Arith* probs, const typename E::Storage* const* tiles,
+                        int num_tiles, int dim, int head_size, const float* correction,
+                        float* acc) {
+  F32x16 sum[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    const F32x16 c = set1(correction[m]);
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) sum[m][n] = mul(c, load(acc + m * head_size + dim + 16 * n));
+  }
+  for (int t = 0; t < num_tiles; ++t) {
+    const typename E::Storage* v = tiles[t] + dim * E::kPack;
+    const typename E::Arith* p = probs + t * kTileRows;
+    for (int k = 0; k < kTileRows / E::kPack; ++k) {
+      typename E::Right b[NV];
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) b[n] = E::right(v + n * 16 * E::kPack);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const typename E::Left a = E::left(p + m * kPanelColumns);
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) E::dot(sum[m][n], a, b[n]);
+      }
+      v += head_size * E::kPack;
+      p += E::kPack;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) store(acc + m * head_size + dim + 16 * n, sum[m][n]);
+  }
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+// Calls body with the constant equal to n, 1 <= n <= N.
+template <int N, class Body>
+inline void dispatch(int n, Body&& body) {
+  if constexpr (N == 1) {
+    body(Constant<1>{});
+  } else {
+    if (n == N) {
+      body(Constant<N>{});
+    } else {
+      dispatch<N - 1>(n, body);
+    }
+  }
+}
+
+template <class E>
+class VectorItem : Item<E> {
+  using Base = Item<E>;
+  using typename Base::Arith;
+  using typename Base::Storage;
+  using Base::args_, Base::head_size_, Base::rows_, Base::s_, Base::work_;
+
+ public:
+  VectorItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
+      : Base(args, work, scratch) {}
+
+  void run() {
+    Base::begin();
+    edge_ = s_.edge;
+    for (int kv = work_.kv_begin & ~(kTileRows - 1); kv < work_.kv_end; kv += kStepRows) step(kv);
+    Base::end();
+  }
+
+ private:
+  // Up to 64 KV rows from kv on.
+  void step(int kv) {
+    const int end = work_.kv_end;
+    const int tiles = kv + kStepRows <= end ? kStepTiles : (end - kv + kTileRows - 1) / kTileRows;
+    const Storage* keys[kStepTiles];
+    const Storage* values[kStepTiles];
+    const Storage* fetch_values[kStepTiles];
+    const Storage* next_keys[kStepTiles];
+    for (int t = 0; t < kStepTiles; ++t) {
+      const int row = t < tiles ? kv + t * kTileRows : kv;
+      keys[t] = Base::key_tile(row);
+      fetch_values[t] = keys[t] + Base::value_offset();
+      values[t] = t < tiles ? Base::usable_values(fetch_values[t], row, kTileRows, edge_) : nullptr;
+      next_keys[t] = row + kStepRows < end ? Base::key_tile(row + kStepRows) : keys[t];
+    }
+    for (int row = 0; row < rows_; row += kRowBlock) {
+      const int count = rows_ - row < kRowBlock ? rows_ - row : kRowBlock;
+      // Rows are in order of position: the last one of the block sees furthest.
+      const int visible = s_.limit[row + count - 1] - kv;
+      if (visible <= 0) continue;
+      const int seen = (visible + kTileRows - 1) / kTileRows;
+      const int used = seen < tiles ? seen : tiles;
+      dispatch<kRowBlock>(count, [&](auto mr) {
+        score<decltype(mr)::value>(row, used, keys, row == 0, fetch_values, next_keys);
+      });
+      const bool masked = s_.limit[row] < kv + used * kTileRows || s_.lower[row + count - 1] > kv;
+      for (int m = 0; m < count; ++m) {
+        s_.correction[m] =
+            Base::softmax(row + m, s_.scores + m * kPanelColumns, s_.probs + m * kPanelColumns, kv,
+                          used * kTileRows, masked);
+      }
+      dispatch<kRowBlock>(count,
+                          [&](auto mr) { weigh<decltype(mr)::value>(row, used, values); });
+    }
+  }
+
+  template <int MR>
+  void score(int row, int tiles, const Storage** keys, bool fetch, const Storage** fetch_v,
+             const Storage** fetch_k) {
+    const Arith* q = s_.query + row * head_size_;
+    int t = 0;
+    for (; t + kScoreTiles <= tiles; t += kScoreTiles) {
+      float* scores = s_.scores + t * kTileRows;
+      if (fetch) {
+        score_block<E, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, fetch_v + t,
+                                              fetch_k + t);
+      } else {
+        score_block<E, MR, kScoreTiles, false>(q, head_size_, keys + t, scores, nullptr, nullptr);
+      }
+    }
+    for (; t < tiles; ++t) {
+      score_block<E, MR, 1, false>(q, head_size_, keys + t, s_.scores + t * kTileRows, nullptr,
+                                   nullptr);
+    }
+  }
+
+  template <int MR>
+  void weigh(int row, int tiles, const Storage** values) {
+    float* acc = s_.acc + row * head_size_;
+    int dim = 0;
+    for (; dim + 16 * kValueVectors <= head_size_; dim += 16 * kValueVectors) {
+      value_block<E, MR, kValueVectors>(s_.probs, values, tiles, dim, head_size_, s_.correction,
+                                        acc);
+    }
+    for (; dim < head_size_; dim += 16) {
+      value_block<E, MR, 1>(s_.probs, values, tiles, dim, head_size_, s_.correction, acc);
+    }
+  }
+
+  Storage* edge_ = nullptr;
+};
+
+}  // namespace
+}  // namespace bmc::BMC_ISA_NAMESPACE
