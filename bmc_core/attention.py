@@ -1,13 +1,13 @@
 """The attention operator over a paged KV cache: write new rows, attend over all rows.
 
-Promises: right for every input it accepts, and a Python exception naming the argument, its value and
-what is allowed for every other one; it never crashes the process. Knows nothing of frameworks, of who
-owns the blocks, and of which instruction set runs (`bmc_core.native`).
+Promises: right for every input it accepts, and a Python exception naming the argument, its value
+and what is allowed for every other one; it never crashes the process. Knows nothing of frameworks,
+of who owns the blocks, and of which instruction set runs (`bmc_core.native`).
 
-The cache is `[num_blocks, kv heads, block_size, 2 * head size]`, contiguous inside a (block, KV head).
-Only this module's kernels read or write it: inside, K is kept in transposed tiles of 16 rows and V in
-packs of rows (`csrc/attention.h`). Rows that were never written, or were written for somebody else, may
-hold anything, NaN and Inf too.
+The cache is `[num_blocks, kv heads, block_size, 2 * head size]`, contiguous inside a (block, KV
+head). Only this module's kernels read or write it: inside, K is kept in transposed tiles of 16 rows
+and V in packs of rows (`csrc/attention.h`). Rows that were never written, or were written for
+somebody else, may hold anything, NaN and Inf too.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ def write_kv(
 class AttentionBatch:
     """One step's batch: which query rows belong to which sequence, and where its KV rows are.
 
-    Built once per step and shared by all layers: what depends only on lengths and blocks (checks, the
-    split over threads) is done at the first layer of each geometry. Not for use by two threads at
-    once. The block table is copied: later changes to it have no effect.
+    Built once per step and shared by all layers: what depends only on lengths and blocks (checks,
+    the split over threads) is done at the first layer of each geometry, from then on later changes
+    of the tensors have no effect. Not for use by two threads at once.
 
     Args:
         query_start_loc: int32 `[sequences + 1]`, first query row of each sequence, then the total.

@@ -1,7 +1,7 @@
 """The native module: whether it works on this machine, and which instruction set it uses.
 
-Promises that importing this file never fails: a missing or broken native module is a reason, told by
-`load_error()`, not an exception. Knows nothing of tensors.
+Promises that importing this file never fails: a missing or broken native module is a reason, told
+by `load_error()`, not an exception. Knows nothing of tensors.
 """
 
 from __future__ import annotations

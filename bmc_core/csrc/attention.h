@@ -1,13 +1,14 @@
-// Paged attention over r-row chunks: the types that the dispatcher, the planner and the kernels share.
+// Paged attention over r-row chunks: the types that the dispatcher, the planner and the kernels
+// share.
 //
 // KV cache layout of one (block, KV head), P = 2 for bfloat16 and 1 for float16 and float32:
 //   K: [block_size/16][D/P][16][P]   tiles of 16 rows, transposed in packs of P dimensions
 //   V: [block_size/P][D][P]          packs of P rows
-// so that one vector load holds the same P dimensions of 16 rows of K, or 16 dimensions of the same P
-// rows of V, and neither product needs a horizontal sum. Source: docs/kernel.md.
+// so that one vector load holds the same P dimensions of 16 rows of K, or 16 dimensions of the same
+// P rows of V, and neither product needs a horizontal sum. Source: docs/kernel.md.
 //
-// This header is included by translation units built for different instruction sets, so it holds only
-// plain data: no function and no template that a linker could take from the wrong one.
+// This header is included by translation units built for different instruction sets, so it holds
+// only plain data: no function and no template that a linker could take from the wrong one.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ namespace bmc {
 constexpr int kTileRows = 16;  // KV rows in one K tile; a KV block is a whole number of tiles
 constexpr int kStepRows = 64;  // KV rows between two updates of the running softmax
 constexpr int kStepTiles = kStepRows / kTileRows;
-constexpr int kQueryBlockRows = 64;  // query rows (positions x heads of the group) of one work item
+constexpr int kQueryBlockRows =
+    128;  // query rows (positions x heads of the group) of one work item
 constexpr int kMinHeadSize = 32;
 constexpr int kMaxHeadSize = 256;
 
@@ -68,7 +70,7 @@ struct AttentionArgs {
   int32_t head_size;
   DType dtype;
   float scale;
-  float softcap;             // 0: none
+  float softcap;              // 0: none
   const float* alibi_slopes;  // [q heads] or null
   const float* sinks;         // [q heads] or null
   char* scratch;              // num_threads x scratch_bytes, 64-byte aligned

@@ -1,7 +1,7 @@
 // The attention kernel: one template over element type, compiled once per instruction set.
 //
-// Work item = all query rows that share a KV head, so that K and V are read from memory once. Rows past
-// a query's limit inside the last tile are computed and masked: BMC's redundant compute.
+// Work item = all query rows that share a KV head, so that K and V are read from memory once. Rows
+// past a query's limit inside the last tile are computed and masked: BMC's redundant compute.
 //
 // No std:: function or container here or in what is included: see attention.h.
 #pragma once
@@ -59,7 +59,9 @@ void attend_share_of(const AttentionArgs& args, int thread) {
 void attend(const AttentionArgs& args) {
   if (args.num_threads == 1) return attend_share_of(args, 0);
 #pragma omp parallel num_threads(args.num_threads)
-  { attend_share_of(args, omp_get_thread_num()); }
+  {
+    attend_share_of(args, omp_get_thread_num());
+  }
 }
 
 int64_t scratch_bytes(int32_t max_rows, int32_t head_size) {

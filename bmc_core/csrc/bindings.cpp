@@ -1,6 +1,6 @@
-// The native module bmc_core._native: addresses, shapes and strides in; exceptions out. What a tensor
-// may be is checked in bmc_core/attention.py; here everything that a wrong value could turn into a
-// wild address is checked again.
+// The native module bmc_core._native: addresses, shapes and strides in; exceptions out. What a
+// tensor may be is checked in bmc_core/attention.py; here everything that a wrong value could turn
+// into a wild address is checked again.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -45,8 +45,8 @@ void select_isa(const std::string& name) {
   }
   std::string allowed;
   for (const std::string& n : usable_names()) allowed += (allowed.empty() ? "" : ", ") + n;
-  throw std::invalid_argument("instruction set '" + name + "' is not usable here; allowed: " +
-                              allowed);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not usable here; allowed: " + allowed);
 }
 
 // Aligned memory that grows and is kept: one per calling thread, reused by every layer and step.
@@ -126,10 +126,10 @@ void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t que
 }
 
 void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head, uintptr_t value,
-           int64_t value_stride_token, int64_t value_stride_head, uintptr_t cache,
-           int64_t cache_stride_block, int64_t cache_stride_head, uintptr_t slots,
-           int64_t num_tokens, int64_t num_blocks, int32_t num_kv_heads, int32_t head_size,
-           int32_t block_size, int dtype) {
+                int64_t value_stride_token, int64_t value_stride_head, uintptr_t cache,
+                int64_t cache_stride_block, int64_t cache_stride_head, uintptr_t slots,
+                int64_t num_tokens, int64_t num_blocks, int32_t num_kv_heads, int32_t head_size,
+                int32_t block_size, int dtype) {
   py::gil_scoped_release release;
   write_cache({reinterpret_cast<const void*>(key), reinterpret_cast<const void*>(value),
                key_stride_token, key_stride_head, value_stride_token, value_stride_head,

@@ -36,8 +36,8 @@ void write_tokens(const WriteArgs& args) {
     const int64_t token = i / args.num_kv_heads, head = i % args.num_kv_heads;
     const int64_t slot = args.slots[token];
     if (slot < 0) continue;
-    T* block = cache + slot / args.block_size * args.cache_stride_block +
-               head * args.cache_stride_head;
+    T* block =
+        cache + slot / args.block_size * args.cache_stride_block + head * args.cache_stride_head;
     write_row<T, kPack>(keys + token * args.key_stride_token + head * args.key_stride_head,
                         values + token * args.value_stride_token + head * args.value_stride_head,
                         block, static_cast<int>(slot % args.block_size), args.block_size,
@@ -53,7 +53,8 @@ void write_cache(const WriteArgs& args) {
     if (args.slots[i] >= num_slots) {
       throw std::out_of_range("slot_mapping[" + std::to_string(i) + "] is " +
                               std::to_string(args.slots[i]) + "; allowed: below " +
-                              std::to_string(num_slots) + " (blocks x block size), negative to skip");
+                              std::to_string(num_slots) +
+                              " (blocks x block size), negative to skip");
     }
   }
   switch (args.dtype) {

@@ -1,5 +1,6 @@
-// Writes new KV rows into their slots of the tiled cache (layout: attention.h). Plain C++: a row is a
-// scatter of D/P small stores for K and P-strided stores for V, the same on every instruction set.
+// Writes new KV rows into their slots of the tiled cache (layout: attention.h). Plain C++: a row is
+// a scatter of D/P small stores for K and P-strided stores for V, the same on every instruction
+// set.
 #pragma once
 
 #include <cstdint>

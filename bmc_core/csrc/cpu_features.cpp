@@ -54,8 +54,8 @@ std::vector<const KernelTable*> usable_kernels() {
                       bit(extended.ebx, 30) && bit(extended.ebx, 31);  // F, DQ, BW, VL
   const bool bf16 = avx512 && bit(more.eax, 5);
   const bool tile_state = (state & 0x60000) == 0x60000;  // tile configuration and data
-  const bool amx = bf16 && tile_state && bit(extended.edx, 22) && bit(extended.edx, 24) &&
-                   tiles_permitted();
+  const bool amx =
+      bf16 && tile_state && bit(extended.edx, 22) && bit(extended.edx, 24) && tiles_permitted();
   std::vector<const KernelTable*> found;
   if (amx) found.push_back(&kernels_amx_bf16());
   if (bf16) found.push_back(&kernels_avx512_bf16());

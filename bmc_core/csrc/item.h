@@ -1,9 +1,10 @@
-// One work item: all query rows (positions x heads of the group) that share a KV head, over a range of
-// KV rows. Holds what does not depend on how the products are computed: packing the query, the running
-// softmax in base 2, stale rows, the output, and merging items that were split along the KV rows.
+// One work item: all query rows (positions x heads of the group) that share a KV head, over a range
+// of KV rows. Holds what does not depend on how the products are computed: packing the query, the
+// running softmax in base 2, stale rows, the output, and merging items that were split along the KV
+// rows.
 //
-// Scores of stale rows are replaced, never added to; stale rows of V are replaced by zeros before they
-// are multiplied, so NaN and Inf left in unused rows cannot reach the output.
+// Scores of stale rows are replaced, never added to; stale rows of V are replaced by zeros before
+// they are multiplied, so NaN and Inf left in unused rows cannot reach the output.
 #pragma once
 
 #include <cstring>
@@ -29,8 +30,8 @@ constexpr int kEdgeTiles = 2;
 
 inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
-// Per-thread buffers of one item, carved from AttentionArgs::scratch. Rows are padded to whole panels,
-// so that matrix tiles may compute rows that nobody reads.
+// Per-thread buffers of one item, carved from AttentionArgs::scratch. Rows are padded to whole
+// panels, so that matrix tiles may compute rows that nobody reads.
 template <class E>
 struct Scratch {
   typename E::Arith* query;   // [rows][D]
@@ -95,8 +96,8 @@ class Item {
     const Storage* query = static_cast<const Storage*>(args_.query);
     const bool takes_sink = args_.sinks != nullptr && work_.split_index == 0;
     for (int row = 0; row < rows_; ++row) {
-      const Storage* q = query + token(row) * args_.query_stride_token +
-                         query_head(row) * args_.query_stride_head;
+      const Storage* q =
+          query + token(row) * args_.query_stride_token + query_head(row) * args_.query_stride_head;
       for (int d = 0; d < head_size_; d += 16) {
         E::pack(s_.query + row * head_size_ + d, E::widen(q + d));
       }
@@ -119,9 +120,9 @@ class Item {
   }
   int64_t value_offset() const { return static_cast<int64_t>(args_.plan.block_size) * head_size_; }
 
-  // The `count` rows of V from `row` on (packs of one block): themselves, or a copy with zeros where
-  // rows are outside [first_row_, end of the sequence), that is stale or somebody else's. An item has
-  // at most two such places, where its range begins and where it ends.
+  // The `count` rows of V from `row` on (packs of one block): themselves, or a copy with zeros
+  // where rows are outside [first_row_, end of the sequence), that is stale or somebody else's. An
+  // item has at most two such places, where its range begins and where it ends.
   const Storage* usable_values(const Storage* values, int row, int count, Storage*& copy) const {
     const int lo = first_row_ - row, hi = seq_len_ - row;
     if (lo <= 0 && hi >= count) return values;
@@ -136,8 +137,9 @@ class Item {
     return usable;
   }
 
-  // Turns scores[0..columns) of a row, over KV rows from kv on, into probabilities relative to its new
-  // running maximum. Returns what the row's earlier sums must be multiplied by. columns: multiple of 16.
+  // Turns scores[0..columns) of a row, over KV rows from kv on, into probabilities relative to its
+  // new running maximum. Returns what the row's earlier sums must be multiplied by. columns:
+  // multiple of 16.
   float softmax(int row, float* scores, Arith* probs, int kv, int columns, bool masked) {
     const bool plain = args_.softcap == 0.f && args_.alibi_slopes == nullptr;
     float unit = args_.scale * kLog2e;  // scores x unit: logits in base 2

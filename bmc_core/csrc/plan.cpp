@@ -7,11 +7,11 @@
 namespace bmc {
 namespace {
 
-// Cost of an item in units of "one query row over one KV row": streaming a KV row costs about as much
-// as computing six query rows over it (memory bandwidth against FLOP/s; docs/kernel.md).
+// Cost of an item in units of "one query row over one KV row": streaming a KV row costs about as
+// much as computing six query rows over it (memory bandwidth against FLOP/s; docs/kernel.md).
 constexpr int64_t kStreamRows = 6;
-constexpr int64_t kItemsPerThread = 4;  // enough that threads end together, few enough to merge
-constexpr int32_t kMinSplitRows = 256;  // shorter shares cost more to merge than they balance
+constexpr int64_t kItemsPerThread = 4;      // enough that threads end together, few enough to merge
+constexpr int32_t kMinSplitRows = 256;      // shorter shares cost more to merge than they balance
 constexpr int64_t kMinParallelCost = 2048;  // below, waking threads costs more than the work
 
 std::string str(int64_t x) { return std::to_string(x); }
@@ -124,8 +124,7 @@ void Plan::make_items(int32_t wanted_threads) {
       continue;
     }
     const int32_t group = static_cast<int32_t>(split_groups_.size());
-    split_groups_.push_back({static_cast<int32_t>(shares),
-                             static_cast<int32_t>(num_partial_rows_),
+    split_groups_.push_back({static_cast<int32_t>(shares), static_cast<int32_t>(num_partial_rows_),
                              static_cast<int32_t>(shares)});
     num_partial_rows_ += shares * item.query_count * group_size_;
     int32_t begin = item.kv_begin;

@@ -1,5 +1,6 @@
-// The plan of one step: which query rows meet which KV rows, split over threads. Built once per step,
-// used by every layer of the same geometry. Knows nothing of tensors' contents or instruction sets.
+// The plan of one step: which query rows meet which KV rows, split over threads. Built once per
+// step, used by every layer of the same geometry. Knows nothing of tensors' contents or instruction
+// sets.
 #pragma once
 
 #include <cstdint>

@@ -87,9 +87,7 @@ inline F32x16 scale_by_floor_power(F32x16 a, F32x16 x) {
   const F32x16 c = normal_exponent(x);
   return {add_exponent(a.lo, c.lo, x.lo), add_exponent(a.hi, c.hi, x.hi)};
 }
-inline __m128i load_i128(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
+inline __m128i load_i128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline F32x16 load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(load_i128(p)), _mm256_cvtph_ps(load_i128(p + 8))};
 }
@@ -115,8 +113,8 @@ inline __m256i bfloat_bits(__m256 x) {
   return _mm256_blendv_epi8(rounded, quiet, nan);
 }
 inline void store_bfloat(uint16_t* p, F32x16 a) {
-  const __m256i packed = _mm256_permute4x64_epi64(
-      _mm256_packus_epi32(bfloat_bits(a.lo), bfloat_bits(a.hi)), 0xd8);
+  const __m256i packed =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(bfloat_bits(a.lo), bfloat_bits(a.hi)), 0xd8);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
 }
 // Sixteen bfloat16 pairs [16][2] as two vectors: the firsts and the seconds of each pair.

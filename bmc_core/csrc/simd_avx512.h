@@ -26,8 +26,8 @@ inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 keep_lanes(F32x16 a, int lo, int hi, float fill) {
   const uint32_t below_hi = hi >= 16 ? 0xffffu : hi <= 0 ? 0u : (1u << hi) - 1u;
   const uint32_t below_lo = lo >= 16 ? 0xffffu : lo <= 0 ? 0u : (1u << lo) - 1u;
-  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(below_hi & ~below_lo),
-                             a.v)};
+  return {
+      _mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(below_hi & ~below_lo), a.v)};
 }
 inline F32x16 iota() {
   return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};

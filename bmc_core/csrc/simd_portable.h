@@ -1,4 +1,5 @@
-// Sixteen float lanes on any machine: four 16-byte vectors, which the compiler maps to SSE2, NEON, ...
+// Sixteen float lanes on any machine: four 16-byte vectors, which the compiler maps to SSE2, NEON,
+// ...
 #pragma once
 
 #include <cstdint>
@@ -126,12 +127,12 @@ inline uint16_t float_to_half(float x) {
   memcpy(&bits, &x, 4);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00u;        // NaN
-  if (bits >= 0x477ff000u) return sign | 0x7c00u;       // rounds to infinity
-  if (bits < 0x38800000u) {                             // subnormal half: let the FPU round
+  if (bits > 0x7f800000u) return sign | 0x7e00u;   // NaN
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (bits < 0x38800000u) {                        // subnormal half: let the FPU round
     float magnitude;
     memcpy(&magnitude, &bits, 4);
-    volatile float shifted = magnitude + 0.5f;          // 0.5f's ulp is 2^-24, half's smallest step
+    volatile float shifted = magnitude + 0.5f;  // 0.5f's ulp is 2^-24, half's smallest step
     float rounded = shifted;
     uint32_t out;
     memcpy(&out, &rounded, 4);

@@ -1,7 +1,8 @@
-// An item computed with AMX matrix tiles (bfloat16): 32 query rows by 256 KV rows at a time. The cache
-// layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand tiles of 16 pair rows
-// by 64 bytes, and V's row pairs [rows/2][D][2] are right-hand tiles with a row stride of D pairs.
-// Worth it from about one tile of query rows on; needs head and block sizes in steps of 32.
+// An item computed with AMX matrix tiles (bfloat16): 32 query rows by 256 KV rows at a time. The
+// cache layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand tiles of 16
+// pair rows by 64 bytes, and V's row pairs [rows/2][D][2] are right-hand tiles with a row stride of
+// D pairs. Worth it from about one tile of query rows on; needs head and block sizes in steps
+// of 32.
 #pragma once
 
 #include "item.h"
@@ -9,9 +10,9 @@
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
-constexpr int kTileDim = 32;   // dimensions, or KV rows, that one tile product sums over
-constexpr int kGroupRows = 32; // KV rows of one right-hand pair of tiles
-constexpr int kMinTileRows = 8;
+constexpr int kTileDim = 32;    // dimensions, or KV rows, that one tile product sums over
+constexpr int kGroupRows = 32;  // KV rows of one right-hand pair of tiles
+constexpr int kMinTileRows = 4;
 
 // The compiler's tile intrinsics do not say that they read memory.
 inline void stores_before_tiles() { __asm__ volatile("" ::: "memory"); }
@@ -69,7 +70,7 @@ class TileItem : Item<BFloat16> {
       const int seen = (visible + kGroupRows - 1) / kGroupRows;
       const int used = seen < groups ? seen : groups;
       const bool two = count > 16;
-      two ? score<true>(row, used, keys) : score<false>(row, used, keys);
+      two ? score<true>(row, used, keys, values) : score<false>(row, used, keys, values);
       const int columns = used * kGroupRows;
       const bool masked = s_.limit[row] < kv + columns || s_.lower[row + count - 1] > kv;
       for (int m = 0; m < count; ++m) {
@@ -81,6 +82,11 @@ class TileItem : Item<BFloat16> {
     }
   }
 
+  void fetch(const Storage* const* group, int d) const {
+    const char* from = reinterpret_cast<const char*>(*group) + d * kGroupRows * 2;
+    for (int i = 0; i < 32; ++i) __builtin_prefetch(from + 64 * i, 0, 2);
+  }
+
   void rescale(int row, float correction) {
     float* acc = s_.acc + row * head_size_;
     for (int d = 0; d < head_size_; d += 16) {
@@ -90,7 +96,7 @@ class TileItem : Item<BFloat16> {
 
   // scores[32][32 * groups] = query . K; kTwo: more than 16 rows, else the second half is left out.
   template <bool kTwo>
-  void score(int row, int groups, const Storage* const* keys) {
+  void score(int row, int groups, const Storage* const* keys, const Storage* const* fetch_v) {
     const Arith* q = s_.query + row * head_size_;
     const int64_t query_stride = head_size_ * static_cast<int64_t>(sizeof(Arith));
     constexpr int64_t kScoreStride = kPanelColumns * sizeof(float);
@@ -105,6 +111,7 @@ class TileItem : Item<BFloat16> {
       }
       const Storage* key = keys[g];
       for (int d = 0; d < head_size_; d += kTileDim) {
+        if (row == 0) fetch(fetch_v + g, d);
         _tile_loadd(6, key + d * kTileRows, 64);
         _tile_loadd(7, key + second_tile + d * kTileRows, 64);
         _tile_loadd(4, q + d, query_stride);

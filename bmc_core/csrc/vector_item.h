@@ -1,5 +1,5 @@
-// An item computed with vector registers: 64 KV rows at a time, a few query rows by a few vectors in
-// registers. Any element type, head size and block size.
+// An item computed with vector registers: 64 KV rows at a time, a few query rows by a few vectors
+// in registers. Any element type, head size and block size.
 #pragma once
 
 #include "item.h"
@@ -46,7 +46,8 @@ inline void score_block(const typename E::Arith* query, int head_size,
   }
 }
 
-// acc[MR][16 * NV dimensions] = acc * correction + probs[MR][16 * tiles] . V; tiles[t]: [16/P][D][P].
+// acc[MR][16 * NV dimensions] = acc * correction + probs[MR][16 * tiles] . V; tiles[t]:
+// [16/P][D][P].
 template <class E, int MR, int NV>
 inline void value_block(const typename E::Arith* probs, const typename E::Storage* const* tiles,
                         int num_tiles, int dim, int head_size, const float* correction,
@@ -103,9 +104,9 @@ inline void dispatch(int n, Body&& body) {
 template <class E>
 class VectorItem : Item<E> {
   using Base = Item<E>;
+  using Base::args_, Base::head_size_, Base::rows_, Base::s_, Base::work_;
   using typename Base::Arith;
   using typename Base::Storage;
-  using Base::args_, Base::head_size_, Base::rows_, Base::s_, Base::work_;
 
  public:
   VectorItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
@@ -150,8 +151,7 @@ class VectorItem : Item<E> {
             Base::softmax(row + m, s_.scores + m * kPanelColumns, s_.probs + m * kPanelColumns, kv,
                           used * kTileRows, masked);
       }
-      dispatch<kRowBlock>(count,
-                          [&](auto mr) { weigh<decltype(mr)::value>(row, used, values); });
+      dispatch<kRowBlock>(count, [&](auto mr) { weigh<decltype(mr)::value>(row, used, values); });
     }
   }
 

@@ -9,8 +9,9 @@ namespace {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
-// 2^x for x < 126: 2^floor(x) times a polynomial in the fraction (minimax, relative). Largest relative
-// error 2.6e-6 for kDegree 4, 1e-7 for 5. 0 for x under about -126, -inf included; NaN stays NaN.
+// 2^x for x < 126: 2^floor(x) times a polynomial in the fraction (minimax, relative). Largest
+// relative error 2.6e-6 for kDegree 4, 1e-7 for 5. 0 for x under about -126, -inf included; NaN
+// stays NaN.
 template <int kDegree>
 inline F32x16 exp2(F32x16 x) {
   static_assert(kDegree == 4 || kDegree == 5);

@@ -9,8 +9,9 @@ import torch
 
 from bmc_core.attention import AttentionBatch, paged_attention, write_kv
 
-# Largest error allowed, relative to the largest magnitude of the reference output. bfloat16 and float16
-# round the output itself by 2^-9 and 2^-12; bfloat16 instructions also round the probabilities.
+# Largest error allowed, relative to the largest magnitude of the reference output. bfloat16 and
+# float16 round the output itself by 2^-9 and 2^-12; bfloat16 instructions also round the
+# probabilities.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 

@@ -1,0 +1,48 @@
+# The two commands of the README, and what they are made of. `make help` lists the targets.
+# Everything that needs thought is in tools/*.py; this file only names it.
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+HOST ?= 127.0.0.1
+MODEL ?=
+ARGS ?=
+TORCH_INDEX ?=
+
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint format build clean
+
+help: ## list the targets and settings
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@echo "settings: MODEL=path-or-name HOST=$(HOST) PORT=$(PORT) ARGS=\"options of vllm serve\""
+	@echo "          VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=address-of-PyTorch's-CPU-wheels"
+	@echo "          ARGS also goes to pytest: make test ARGS=\"-k server\""
+
+# The script itself sees what is up to date, and a lock keeps two of them apart.
+setup: ## make the environment and build the kernels
+	@$(PYTHON) tools/setup_env.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
+
+serve: setup ## start the server (makes the demo model when MODEL is not given)
+	@$(BIN)/python tools/serve.py --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" -- $(ARGS)
+
+test: setup ## run every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## check style, types and formatting of everything
+	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --color never
+
+format: setup ## rewrite the sources in the house format
+	@-$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+	@PATH="$(abspath $(BIN)):$$PATH" python tools/clang_format.py
+
+build: setup ## build the wheel and the source archive into dist/
+	@$(BIN)/python -m build
+
+clean: ## remove what was built (not the environment, not the demo model)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find bmc_core bmc_vllm tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find bmc_core -name '*.so' -delete
+	rm -f "$(VENV)/.bmc-setup/package"

@@ -1,0 +1,141 @@
+"""Start `vllm serve` with BMC attention and settings that suit this machine.
+
+Called by `make serve` inside the environment that the set-up made. Every setting it chooses is
+printed, and one that the user has set already is left alone.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file is run as a script
+
+from tools import demo_model  # noqa: E402
+
+# vLLM's "auto" binding leaves one core to the API server and the scheduler. On few cores that
+# is a large share of the machine, and the scheduler sleeps while the worker computes.
+MOST_CORES_TO_BIND_ALL = 4
+GIB = 1 << 30
+
+
+def say(text: str) -> None:
+    print(f"serve: {text}", flush=True)
+
+
+def physical_cores(allowed: set[int]) -> list[int]:
+    """One logical CPU of each physical core that this process may run on."""
+    chosen: dict[str, int] = {}
+    for cpu in sorted(allowed):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        core = siblings.read_text() if siblings.is_file() else str(cpu)
+        chosen.setdefault(core, cpu)
+    return list(chosen.values())
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping; 0 where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def choose_settings(environment: MutableMapping[str, str]) -> None:
+    """Fill in vLLM's CPU settings that the user has not set, and print what is in force."""
+    chosen = {}
+    if "VLLM_CPU_KVCACHE_SPACE" not in environment:
+        # A quarter of what is free, for the model needs room too; 4 GiB is plenty to start with.
+        gib = max(1, min(4, available_memory() // 4 // GIB))
+        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(gib)
+    if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
+        cores = physical_cores(os.sched_getaffinity(0))
+        few = len(cores) <= MOST_CORES_TO_BIND_ALL
+        chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores)) if few else "auto"
+    environment.update(chosen)
+    notes = {
+        "VLLM_CPU_KVCACHE_SPACE": "GiB for the KV cache",
+        "VLLM_CPU_OMP_THREADS_BIND": "cores that compute",
+    }
+    for name, note in notes.items():
+        origin = "chosen here; set it to override" if name in chosen else "from your environment"
+        say(f"{name}={environment[name]}  ({note}; {origin})")
+
+
+def check_port(host: str, port: int) -> None:
+    """Say that a port is taken now, rather than after the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SystemExit(
+            f"serve: error: cannot listen on {host} port {port} ({error.strerror}). "
+            f"Choose another port: make serve PORT={port + 1 if port < 65535 else 8000}"
+        ) from None
+
+
+def port_number(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"PORT={text!r} is not a port: 1 to 65535")
+    return int(text)
+
+
+def model_arguments(model: str) -> list[str]:
+    """The model to serve; without one the demo model, under the short name "demo"."""
+    if not model:
+        try:
+            path = demo_model.ensure() / "target"
+        except OSError as error:
+            raise SystemExit(f"serve: error: no demo model: {error}") from None
+        say(f"MODEL is not given: serving the demo model as 'demo' ({path})")
+        return [str(path), "--served-model-name", "demo"]
+    looks_like_path = model.startswith((".", "/", "~"))
+    path = Path(model).expanduser()
+    if looks_like_path and not (path / "config.json").is_file():
+        raise SystemExit(
+            f"serve: error: MODEL={model} is not a Hugging Face model directory "
+            f"(there is no {path / 'config.json'})"
+        )
+    return [str(path) if looks_like_path else model]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="directory or name (default: demo model)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=port_number, default=8000)
+    parser.add_argument("arguments", nargs="*", help="passed to `vllm serve`, after --")
+    arguments = parser.parse_args()
+
+    check_port(arguments.host, arguments.port)
+    command = [
+        str(Path(sys.executable).parent / "vllm"), "serve", *model_arguments(arguments.model),
+        "--host", arguments.host, "--port", str(arguments.port),
+        "--attention-backend", "BMC", *arguments.arguments,
+    ]  # fmt: skip
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"serve: error: no vllm beside {sys.executable}; run make setup")
+    choose_settings(os.environ)
+    say(f"$ {shlex.join(command)}")
+    say(f"ready in about a minute at http://{arguments.host}:{arguments.port}/v1; Ctrl-C stops it")
+    # The server takes this process's place, so that Ctrl-C and signals reach it directly.
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
