@@ -1,0 +1,258 @@
+"""The attention backend ``BMC``: vLLM's backend, metadata builder and implementation classes.
+
+Promises vLLM's contract of an attention backend on top of ``bmc_core.attention``: keys and values
+are written to the paged cache by ``do_kv_cache_update``, attention is read from it by ``forward``;
+both run inside vLLM's opaque custom ops, eager and compiled alike. Knows nothing of how blocks
+are handed out: correctness never depends on blocks being adjacent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+
+from bmc_core.attention import (
+    BLOCK_ROWS,
+    DTYPES,
+    HEAD_SIZES,
+    AttentionBatch,
+    paged_attention,
+    write_kv,
+)
+from bmc_vllm.kv_cache_interface import to_bmc_spec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class BMCAttentionBackend(AttentionBackend):
+    """What the kernel can take, in vLLM's terms."""
+
+    # The cache is written by do_kv_cache_update, which vLLM calls before forward.
+    forward_includes_kv_cache_update: bool = False
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        # vLLM looks this name up in AttentionBackendEnum.
+        return "BMC"
+
+    @staticmethod
+    def get_impl_cls() -> type[BMCAttentionImpl]:
+        return BMCAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[BMCAttentionMetadataBuilder]:
+        return BMCAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_ROWS)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # [layer, block, head, row, 2 * head_size]: the kernel tiles the inside of (block, head).
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # A connector that unpacks blocks would meet our tiling.
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The layer's spec as one whose blocks our managers hand out."""
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"attention backend BMC: the head sizes of keys ({spec.head_size}) and values "
+                f"({spec.head_size_v}) differ; allowed: equal ones. Select CPU_ATTN."
+            )
+        return to_bmc_spec(spec)
+
+
+@dataclass
+class BMCAttentionMetadata(AttentionMetadata):
+    """One step of one KV cache group.
+
+    Attributes:
+        batch: the validated operator input, shared by all layers of the group.
+        num_actual_tokens: tokens of the step without padding.
+    """
+
+    batch: AttentionBatch
+    num_actual_tokens: int
+
+
+class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]):
+    """Builds the operator's batch once per step."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.block_size = kv_cache_spec.block_size
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> BMCAttentionMetadata:
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise NotImplementedError(
+                "attention backend BMC: a causal mask that differs per request is not supported; "
+                "select CPU_ATTN"
+            )
+        num_reqs = common.num_reqs
+        batch = AttentionBatch(
+            common.query_start_loc[: num_reqs + 1].to(torch.int32),
+            common.seq_lens[:num_reqs].to(torch.int32),
+            common.block_table_tensor[:num_reqs].to(torch.int32),
+            self.block_size,
+            causal=common.causal,
+        )
+        return BMCAttentionMetadata(batch, common.num_actual_tokens)
+
+
+class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
+    """Attention of one layer.
+
+    Raises:
+        ValueError: a layer kind that the platform should have sent to another backend.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: Sequence[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(
+                f"attention backend BMC: attn_type={attn_type!r}; allowed: "
+                f"{AttentionType.DECODER.value!r}"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = float(logits_soft_cap or 0.0)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        if sinks is not None and sinks.shape[0] != num_heads:
+            raise ValueError(
+                f"attention backend BMC: {sinks.shape[0]} attention sinks for {num_heads} heads"
+            )
+        self._sinks_parameter = sinks
+        self.sinks: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        # The parameter is empty until the checkpoint is read; the kernel wants float32.
+        if self._sinks_parameter is not None:
+            self.sinks = self._sinks_parameter.detach().to(torch.float32).contiguous()
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: BMCAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over the cache; ``key`` and ``value`` were written to it before.
+
+        Args:
+            query: [T, num_heads, head_size], T may include padding.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            attn_metadata: None while vLLM warms up.
+            output: [T, num_heads, head_size], written for the tokens that are no padding.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "attention backend BMC: fused output quantization is not supported"
+            )
+        if attn_metadata is None:
+            return output
+        num_tokens = attn_metadata.num_actual_tokens
+        paged_attention(
+            query[:num_tokens],
+            kv_cache,
+            attn_metadata.batch,
+            output[:num_tokens],
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            alibi_slopes=self.alibi_slopes,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=self.sinks,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes ``key`` and ``value`` ([T, num_kv_heads, head_size]) to their slots; -1 skips."""
+        num_slots = slot_mapping.shape[0]
+        write_kv(key[:num_slots], value[:num_slots], kv_cache, slot_mapping)

@@ -1,0 +1,91 @@
+"""What a user can set: the key ``bmc`` of vLLM's ``additional_config``.
+
+Promises one validated, frozen object; every refusal names the setting, the value and what is
+allowed. Knows nothing of how the settings are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from bmc_core.policy import DEFAULT_R, BMCPolicy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "bmc"
+
+
+@dataclass(frozen=True)
+class BMCConfig:
+    """Settings of the BMC backend.
+
+    Attributes:
+        r: rows per growth, a positive multiple of the block size; None (or ``"auto"``, or left
+            out) lets ``bmc_core.policy`` decide.
+        release_free_memory: give the pages of freed blocks that hold no cached prefix back to
+            the operating system after each step. Off by default: re-used pages cost a page
+            fault each.
+    """
+
+    r: int | None = None
+    release_free_memory: bool = False
+
+    @classmethod
+    def from_dict(cls, settings: Any) -> BMCConfig:
+        """Parses the value of ``additional_config["bmc"]``; raises ValueError on anything odd."""
+        if settings is None:
+            return cls()
+        allowed = ", ".join(f.name for f in fields(cls))
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"additional_config[{KEY!r}]={settings!r}: expected a dict with the keys {allowed}"
+            )
+        unknown = sorted(str(key) for key in settings if key not in {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"additional_config[{KEY!r}] has the unknown keys {', '.join(unknown)}; "
+                f"allowed: {allowed}"
+            )
+        r = settings.get("r")
+        if r == "auto":
+            r = None
+        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r <= 0):
+            raise ValueError(
+                f"additional_config[{KEY!r}]['r']={r!r}: "
+                "expected a positive multiple of the block size (an int, in rows), or 'auto'"
+            )
+        release = settings.get("release_free_memory", False)
+        if not isinstance(release, bool):
+            raise ValueError(
+                f"additional_config[{KEY!r}]['release_free_memory']={release!r}: "
+                "expected true or false"
+            )
+        return cls(r=r, release_free_memory=release)
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig) -> BMCConfig:
+        """Parses ``vllm_config.additional_config`` and checks it against the block size."""
+        additional = vllm_config.additional_config
+        settings = additional.get(KEY) if isinstance(additional, Mapping) else None
+        config = cls.from_dict(settings)
+        config.check_block_size(vllm_config.cache_config.block_size)
+        return config
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raises ValueError unless ``r`` is a whole number of blocks of ``block_size`` rows."""
+        if self.r is not None and self.r % block_size:
+            below = self.r // block_size * block_size
+            near = [str(rows) for rows in (below, below + block_size) if rows]
+            raise ValueError(
+                f"additional_config[{KEY!r}]['r']={self.r}: expected a positive multiple of the "
+                f"block size ({block_size}), for example {' or '.join(near)}, or 'auto'"
+            )
+
+    def policy(self, block_size: int) -> BMCPolicy:
+        """The growth policy: the given ``r``, or the default rounded up to whole blocks."""
+        if self.r is not None:
+            return BMCPolicy(r=self.r)
+        return BMCPolicy(r=-(-DEFAULT_R // block_size) * block_size)

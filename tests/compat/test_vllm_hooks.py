@@ -1,0 +1,65 @@
+"""What the plugin leans on in vLLM 0.32 beyond its documented plugin interface.
+
+One test per hook: when vLLM moves it, the test that fails says which file of ``bmc_vllm`` to open.
+"""
+
+import inspect
+
+import torch
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.worker import utils as worker_utils
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_block_runs_block_pool() -> None:
+    """block_runs.py: free queue in eviction order, unhashed blocks in front of cached ones."""
+    pool = BlockPool(num_gpu_blocks=5, enable_caching=True, hash_block_size=16)
+    assert [b.block_id for b in pool.free_block_queue.iter_blocks_after(None)] == [1, 2, 3, 4]
+    assert pool.cached_block_hashes_by_block == {}
+    assert pool._reuse_watchers == {}
+    assert hasattr(FreeKVCacheBlockQueue, "remove")
+    taken = pool.get_new_blocks(3)
+    taken[0].set_block_hash(b"hash")
+    pool.free_blocks(taken)
+    assert [b.block_id for b in pool.free_block_queue.iter_blocks_after(None)] == [2, 3, 4, 1]
+
+
+def test_kv_cache_manager_allocation() -> None:
+    """kv_cache_manager.py: vLLM allocates by length, and frees through pop_blocks_for_free."""
+    assert parameters(SingleTypeKVCacheManager.allocate_new_blocks) == [
+        "self",
+        "request_id",
+        "num_tokens",
+        "num_tokens_main_model",
+    ]
+    assert "pop_blocks_for_free" in inspect.getsource(SingleTypeKVCacheManager.free)
+
+
+def test_scheduler_steps() -> None:
+    """scheduler.py: one make_stats per step, and a step's output takes one more attribute."""
+    assert "self.make_stats(" in inspect.getsource(Scheduler.update_from_output)
+    output = SchedulerOutput.make_empty()
+    output.bmc_released_blocks = [1]  # type: ignore[attr-defined]
+    assert output.bmc_released_blocks == [1]  # type: ignore[attr-defined]
+
+
+def test_worker_allocates_inside_the_context() -> None:
+    """worker.py: the worker names the context in which its KV cache is allocated."""
+    assert parameters(CPUWorker._maybe_get_memory_pool_context) == ["self", "tag"]
+    assert 'tag="kv_cache"' in inspect.getsource(CPUWorker.initialize_from_config)
+
+
+def test_memory_pool_is_one_torch_zeros() -> None:
+    """memory.py: allocate_kv_cache makes the whole pool with one int8 torch.zeros."""
+    source = inspect.getsource(worker_utils.allocate_kv_cache)
+    assert source.count("torch.zeros(") == 1
+    assert "torch.zeros(buf_size, dtype=torch.int8" in source
+    assert torch.zeros(1, dtype=torch.int8).dtype is torch.int8

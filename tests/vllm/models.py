@@ -1,0 +1,98 @@
+"""Tiny random models of each attention kind, saved like any Hugging Face model.
+
+Weights are drawn wide, so that greedy decoding does not collapse into one repeated token.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+VOCAB = 512
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,
+}
+
+
+def _llama(num_kv_heads: int) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**BASE, num_key_value_heads=num_kv_heads))
+
+
+def _mistral_window() -> torch.nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**BASE, num_key_value_heads=2, sliding_window=48, head_dim=32)
+    return MistralForCausalLM(config)
+
+
+def _gemma2() -> torch.nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        **{**BASE, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=48,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=10.0,
+    )
+    return Gemma2ForCausalLM(config)
+
+
+def _bloom_alibi() -> torch.nn.Module:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(
+        vocab_size=VOCAB, hidden_size=128, n_layer=2, n_head=4, initializer_range=0.15
+    )
+    return BloomForCausalLM(config)
+
+
+def _gpt_oss_sinks() -> torch.nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        **BASE,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=48,
+    )
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    return model
+
+
+BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama-gqa": lambda: _llama(2),
+    "llama-mha": lambda: _llama(4),
+    "mistral-window": _mistral_window,
+    "gemma2": _gemma2,
+    "bloom-alibi": _bloom_alibi,
+    "gpt-oss-sinks": _gpt_oss_sinks,
+}
+
+
+class ModelStore:
+    """Makes each model once per test session."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(self, name: str) -> str:
+        path = self.root / name
+        if not path.exists():
+            torch.manual_seed(0)
+            BUILDERS[name]().to(torch.float32).save_pretrained(path)
+        return str(path)

@@ -1,0 +1,108 @@
+"""The KV pool's memory: not resident at start, resident where used, given back when asked."""
+
+import psutil
+import torch
+from engines import engine, flush, generate, prompts_of, worker
+from models import ModelStore
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
+
+from bmc_vllm.memory import PAGE, KVPoolMemory
+
+GIB = 1 << 30
+
+
+def memory_of(llm) -> KVPoolMemory:
+    return worker(llm)._memory
+
+
+def test_four_gib_of_kv_space_cost_nothing_at_start(model_dir: ModelStore) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with engine(model_dir("llama-gqa"), "BMC", kv_cache_memory_bytes=4 * GIB) as llm:
+        assert memory_of(llm).num_bytes > 3.9 * GIB
+        assert memory_of(llm).resident_bytes() == 0
+        assert process.memory_info().rss - before < GIB // 2
+        generate(llm, prompts_of([300, 200]))
+        used = memory_of(llm).resident_bytes()
+        # 596 rows of 2 layers x 2 heads x 64 float32 = 1 KiB each per layer, in whole pages.
+        assert 596 * 2 * 512 <= used < 64 << 20
+        # Off by default: finished requests keep their pages.
+        flush(llm)
+        assert memory_of(llm).resident_bytes() == used
+
+
+def test_freed_blocks_are_given_back(model_dir: ModelStore) -> None:
+    prompts = prompts_of([300, 200, 100])
+    with engine(model_dir("llama-gqa"), "CPU_ATTN") as llm:
+        expected = generate(llm, prompts)
+    with engine(
+        model_dir("llama-gqa"),
+        "BMC",
+        enable_prefix_caching=False,
+        additional_config={"bmc": {"r": 128, "release_free_memory": True}},
+    ) as llm:
+        for _ in range(2):
+            assert generate(llm, prompts) == expected
+            assert memory_of(llm).resident_bytes() > 0
+            flush(llm)
+            assert memory_of(llm).resident_bytes() == 0
+
+
+def test_cached_prefixes_keep_their_memory(model_dir: ModelStore) -> None:
+    prompts = prompts_of([300])
+    with engine(
+        model_dir("llama-gqa"),
+        "BMC",
+        additional_config={"bmc": {"r": 128, "release_free_memory": True}},
+    ) as llm:
+        first = generate(llm, prompts)
+        flush(llm)
+        assert memory_of(llm).resident_bytes() > 0
+        # The second run reads the cached rows back: zeros would change the tokens.
+        assert generate(llm, prompts) == first
+
+
+def layout(page: int, num_blocks: int, num_layers: int, block_outermost: bool) -> KVCacheConfig:
+    strides = (page, page * num_layers) if block_outermost else (page * num_blocks, page)
+    tensor = KVCacheTensor(
+        size=page * num_blocks * num_layers,
+        layers=[f"layer{i}" for i in range(num_layers)],
+        layer_stride=strides[0],
+        block_stride=strides[1],
+    )
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[tensor], kv_cache_groups=[])
+
+
+def test_release_touches_only_its_blocks() -> None:
+    """Pages that a block shares with its neighbour stay; every layout."""
+    for page in (512, PAGE, PAGE + 512, 3 * PAGE):
+        for block_outermost in (False, True):
+            config = layout(page, 10, 3, block_outermost)
+            tensor = config.kv_cache_tensors[0]
+            memory = KVPoolMemory()
+            with memory.allocation():
+                pool = torch.zeros(tensor.size, dtype=torch.int8, device="cpu")
+                other = torch.zeros(7, dtype=torch.int8)
+            memory.set_layout(config)
+            assert memory.num_bytes == tensor.size
+            assert other.data_ptr() != pool.data_ptr()
+            assert memory.resident_bytes() == 0
+            pool.fill_(1)
+            resident = memory.resident_bytes()
+            assert resident >= tensor.size
+            released = [2, 3, 4, 8]
+            memory.release(released)
+            if page >= 2 * PAGE:
+                assert memory.resident_bytes() < resident
+            for layer in range(3):
+                for block in range(10):
+                    start = layer * tensor.layer_stride + block * tensor.block_stride
+                    rows = pool[start : start + page]
+                    if block not in released:
+                        assert bool((rows == 1).all()), (page, block_outermost, layer, block)
+
+
+def test_release_before_allocation_does_nothing() -> None:
+    memory = KVPoolMemory()
+    memory.release([1, 2])
+    assert memory.resident_bytes() == 0

@@ -1,0 +1,147 @@
+"""Which layers and settings the platform takes, falls back for, or refuses."""
+
+import pytest
+import torch
+from engines import engine, scheduler, worker
+from models import ModelStore
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from bmc_vllm import platform as bmc_platform
+
+BMC_CLASS = "bmc_vllm.attention.BMCAttentionBackend"
+CPU_CLASS = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+
+
+def selector(**changes: object) -> AttentionSelectorConfig:
+    layer = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None}
+    return AttentionSelectorConfig(**{**layer, **changes})  # type: ignore[arg-type]
+
+
+def choose(backend: str | None, **changes: object) -> str:
+    member = None if backend is None else AttentionBackendEnum[backend]
+    return current_platform.get_attn_backend_cls(member, attn_selector_config=selector(**changes))
+
+
+def test_not_selected_is_stock() -> None:
+    assert choose(None) == CPU_CLASS
+    assert choose("CPU_ATTN") == CPU_CLASS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [32, 48, 128, 256])
+def test_selected(dtype: torch.dtype, head_size: int) -> None:
+    assert choose("BMC", dtype=dtype, head_size=head_size) == BMC_CLASS
+    assert choose("BMC", has_sliding_window=True, has_sink=True) == BMC_CLASS
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "'encoder_only'"),
+        ({"attn_type": AttentionType.ENCODER_DECODER}, "'encoder_decoder'"),
+        ({"use_mla": True, "head_size": 576}, "MLA"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' with dtype bfloat16"),
+        ({"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16' with dtype bfloat16"),
+        ({"head_size": 512}, "head size 512"),
+        ({"head_size": 40}, "head size 40"),
+        ({"use_mm_prefix": True}, "multimodal prefixes"),
+        ({"use_kv_connector": True}, "kv_transfer_config"),
+        ({"use_rswa": True}, "reference sliding window"),
+        ({"use_dcp": True}, "decode context parallelism"),
+    ],
+)
+def test_falls_back_with_one_log_line(
+    changes: dict, feature: str, vllm_log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bmc_platform, "_told", set())
+    stock = choose(None, **changes)
+    for _ in range(3):
+        assert choose("BMC", **changes) == stock
+    lines = [line for line in vllm_log if line.startswith("attention backend BMC")]
+    assert len(lines) == 1
+    assert feature in lines[0]
+    assert stock.rsplit(".", 1)[-1] in lines[0]
+
+
+def test_kv_cache_dtype_that_is_the_models() -> None:
+    assert choose("BMC", kv_cache_dtype="bfloat16") == BMC_CLASS
+
+
+def config_of(model: str, **settings: object):
+    return EngineArgs(
+        model=model, skip_tokenizer_init=True, max_model_len=256, **settings
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_backend": "BMC"},
+        {"attention_backend": "bmc"},
+        {"attention_config": {"backend": "BMC"}},
+    ],
+)
+def test_ways_to_select(model_dir: ModelStore, settings: dict) -> None:
+    config = config_of(model_dir("llama-gqa"), **settings)
+    assert config.attention_config.backend.name == "BMC"
+    assert config.cache_config.block_size == 32
+    assert config.parallel_config.worker_cls == "bmc_vllm.worker.BMCWorker"
+    assert config.scheduler_config.scheduler_cls == "bmc_vllm.scheduler.BMCScheduler"
+
+
+def test_other_selections_stay_stock(model_dir: ModelStore) -> None:
+    for settings in ({}, {"attention_backend": "CPU_ATTN"}):
+        config = config_of(model_dir("llama-gqa"), **settings)
+        assert config.cache_config.block_size == 128
+        assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+        assert config.scheduler_config.scheduler_cls is None
+
+
+def test_given_block_size_is_kept(model_dir: ModelStore) -> None:
+    config = config_of(model_dir("llama-gqa"), attention_backend="BMC", block_size=64)
+    assert config.cache_config.block_size == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"additional_config": {"bmc": {"r": 100}}}, r"'r'\]=100.*block size \(32\)"),
+        ({"additional_config": {"bmc": {"r": 0}}}, r"'r'\]=0.*positive"),
+        ({"additional_config": {"bmc": {"rr": 1}}}, "unknown keys rr; allowed: r"),
+        ({"additional_config": {"bmc": {"r": 32}}, "block_size": 64}, r"block size \(64\)"),
+        ({"block_size": 24}, "block_size=24.*multiples of 16"),
+    ],
+)
+def test_refused_at_start(model_dir: ModelStore, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(model_dir("llama-gqa"), attention_backend="BMC", **settings)
+
+
+def test_quantised_kv_cache_falls_back(model_dir: ModelStore, vllm_log: list[str]) -> None:
+    """The whole model runs on the stock backend, block by block, and says so."""
+    bmc_platform._told.clear()
+    with engine(model_dir("llama-gqa"), "BMC", kv_cache_dtype="fp8", dtype="bfloat16") as llm:
+        names = {
+            layer.attn_backend.get_name()
+            for layer in worker(llm).compilation_config.static_forward_context.values()
+        }
+        assert names == {"CPU_ATTN"}
+        managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+        assert [type(m).__name__ for m in managers] == ["FullAttentionManager"]
+    assert sum("does not support kv_cache_dtype='fp8'" in line for line in vllm_log) == 1
+
+
+def test_start_line(model_dir: ModelStore, vllm_log: list[str]) -> None:
+    with engine(
+        model_dir("llama-gqa"), "BMC", dtype="bfloat16", additional_config={"bmc": {"r": 64}}
+    ) as llm:
+        assert isinstance(llm, LLM)
+    lines = [line for line in vllm_log if line.startswith("BMC: attention backend")]
+    assert len(lines) == 1
+    for part in ("instruction set ", "dtype bfloat16", "r=64 rows", "block size 32", "threads"):
+        assert part in lines[0]
