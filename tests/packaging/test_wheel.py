@@ -1,0 +1,54 @@
+"""The wheel, built from the source archive with build isolation, works away from the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import torch
+from bmc_core import native
+from bmc_core.attention import AttentionBatch, paged_attention, write_kv
+cache = torch.zeros(2, 1, 16, 64)
+row = torch.ones(1, 1, 32)
+write_kv(row, 3 * row, cache, torch.tensor([16]))
+out = torch.empty(1, 1, 32)
+batch = AttentionBatch(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [1], [[1]])), 16)
+paged_attention(row, cache, batch, out, scale=1.0)
+import sys, bmc_core
+frameworks = {"vllm", "transformers", "deepspeed"} & set(sys.modules)
+print(native.isa(), bool((out == 3).all()), sorted(frameworks), bmc_core.__file__)
+"""
+
+
+def run(*command: str, cwd: Path) -> str:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_wheel_builds_and_runs_elsewhere(tmp_path: Path) -> None:
+    # Without --wheel: the wheel is built from the source archive, so that must be complete too.
+    run(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT), cwd=ROOT)
+    (wheel,) = tmp_path.glob("bmc_llm-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("bmc_core/_native.") and name.endswith(".so") for name in names)
+    assert {"bmc_vllm/plugin.py", "bmc_core/py.typed", "bmc_core/_native.pyi"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "tools", "benchmarks"))]
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "[vllm.platform_plugins]\nbmc = bmc_vllm.plugin:register" in text
+
+    target = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--target", str(target), str(wheel), cwd=tmp_path)
+    script = f"import sys; sys.path.insert(0, {str(target)!r})\n{SCRIPT}"
+    isa, right, frameworks, where = run(sys.executable, "-c", script, cwd=tmp_path).split(" ", 3)
+    assert isa
+    assert right == "True"
+    assert frameworks == "[]"
+    assert where.startswith(str(target))
