@@ -12,15 +12,19 @@ somebody else, may hold anything, NaN and Inf too.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bmc_core import native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_SIZES = range(32, 257, 16)
 BLOCK_ROWS = 16
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_FP8_CODES = {dtype: code for code, dtype in enumerate(FP8_DTYPES, 1)}
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -56,8 +60,10 @@ class _CacheGeometry:
     def __init__(self, kv_cache: torch.Tensor) -> None:
         if not isinstance(kv_cache, torch.Tensor):
             raise TypeError(f"kv_cache is a {type(kv_cache).__name__}; allowed: a torch.Tensor")
-        if kv_cache.dtype not in _DTYPE_CODES:
-            raise TypeError(f"kv_cache has dtype {kv_cache.dtype}; allowed: {DTYPES}")
+        if kv_cache.dtype not in _DTYPE_CODES and kv_cache.dtype not in _FP8_CODES:
+            raise TypeError(
+                f"kv_cache has dtype {kv_cache.dtype}; allowed: {(*DTYPES, *FP8_DTYPES)}"
+            )
         _check_cpu_tensor("kv_cache", kv_cache, kv_cache.dtype, 4)
         self.num_blocks, self.heads, self.block_size, width = kv_cache.shape
         self.stride_block, self.stride_head, stride_row, stride_element = kv_cache.stride()
@@ -81,13 +87,47 @@ class _CacheGeometry:
             )
 
 
+def _type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[int, int]:
+    """Native codes of the rows' dtype and of what the cache holds; checks that they go together."""
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"{name} is a {type(rows).__name__}; allowed: a torch.Tensor")
+    fp8 = _FP8_CODES.get(kv_cache.dtype)
+    if fp8 is None:
+        if rows.dtype != kv_cache.dtype:
+            raise TypeError(
+                f"{name} has dtype {rows.dtype}; allowed: {kv_cache.dtype} (kv_cache's)"
+            )
+        return _DTYPE_CODES[rows.dtype], 0
+    if rows.dtype not in _DTYPE_CODES:
+        raise TypeError(f"{name} has dtype {rows.dtype}; allowed: {DTYPES}")
+    return _DTYPE_CODES[rows.dtype], fp8
+
+
+def _check_scales(kv_cache: torch.Tensor, key_scale: float, value_scale: float) -> None:
+    quantised = kv_cache.dtype in _FP8_CODES
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if not (math.isfinite(scale) and scale > 0) or not (quantised or scale == 1.0):
+            allowed = "a positive number" if quantised else f"1 for a cache of {kv_cache.dtype}"
+            raise ValueError(f"{name} is {scale}; allowed: {allowed}")
+
+
 def write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Writes new rows into their slots of the cache.
 
+    Into an fp8 cache go `key / key_scale` and `value / value_scale`, rounded to nearest; values
+    beyond the format's range become its largest finite value, NaN stays NaN.
+
     Args:
-        key: `[tokens, kv heads, head size]`, the cache's dtype, last dimension contiguous.
+        key: `[tokens, kv heads, head size]`, the cache's dtype (any of `DTYPES` for an fp8 cache),
+            last dimension contiguous.
         value: same shape and dtype.
         kv_cache: `[num_blocks, kv heads, block_size, 2 * head size]`, changed in place.
         slot_mapping: int64 `[tokens]` or longer, `block * block_size + row`; negative: not written.
@@ -97,8 +137,10 @@ def write_kv(
         ValueError, IndexError: a shape, stride, device or slot is not allowed. Nothing was written.
     """
     cache = _CacheGeometry(kv_cache)
-    _check_rows("key", key, kv_cache.dtype)
-    _check_rows("value", value, kv_cache.dtype)
+    dtype_code, cache_code = _type_codes("key", key, kv_cache)
+    _check_rows("key", key, key.dtype)
+    _check_rows("value", value, key.dtype)
+    _check_scales(kv_cache, key_scale, value_scale)
     _check_cpu_tensor("slot_mapping", slot_mapping, torch.int64, 1)
     tokens = key.shape[0]
     shape = (tokens, cache.heads, cache.head_size)
@@ -126,7 +168,10 @@ def write_kv(
         cache.heads,
         cache.head_size,
         cache.block_size,
-        _DTYPE_CODES[kv_cache.dtype],
+        dtype_code,
+        cache_code,
+        key_scale,
+        value_scale,
     )
 
 
@@ -235,6 +280,8 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     logits_soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Attention of every query row over its sequence's KV rows, written into `out`.
 
@@ -244,7 +291,8 @@ def paged_attention(
     bfloat16 before they weigh V. A query row that sees no KV row gives zeros.
 
     Args:
-        query: `[tokens, query heads, head size]`, the cache's dtype, last dimension contiguous.
+        query: `[tokens, query heads, head size]`, the cache's dtype (any of `DTYPES` for an fp8
+            cache), last dimension contiguous.
         kv_cache: `[num_blocks, kv heads, block_size, 2 * head size]`.
         batch: which rows belong to whom; its query rows must be all of `query`'s.
         out: same shape and dtype as `query`.
@@ -253,14 +301,17 @@ def paged_attention(
         alibi_slopes: float32 `[query heads]`.
         logits_soft_cap: 0: none.
         sinks: float32 `[query heads]`.
+        key_scale, value_scale: what an fp8 cache's keys and values are multiplied by.
 
     Raises:
         TypeError: a dtype is not the allowed one.
         ValueError, IndexError: a shape, stride, device, length or block id is not allowed.
     """
     cache = _CacheGeometry(kv_cache)
-    _check_rows("query", query, kv_cache.dtype)
-    _check_rows("out", out, kv_cache.dtype)
+    dtype_code, cache_code = _type_codes("query", query, kv_cache)
+    _check_rows("query", query, query.dtype)
+    _check_rows("out", out, query.dtype)
+    _check_scales(kv_cache, key_scale, value_scale)
     tokens, heads, head_size = query.shape
     _require(head_size == cache.head_size, "query's head size", head_size, f"{cache.head_size}")
     _require(out.shape == query.shape, "out's shape", tuple(out.shape), f"{tuple(query.shape)}")
@@ -294,8 +345,10 @@ def paged_attention(
         cache.stride_block,
         cache.stride_head,
         head_size,
-        _DTYPE_CODES[kv_cache.dtype],
-        scale,
+        dtype_code,
+        cache_code,
+        scale * key_scale,
+        value_scale,
         logits_soft_cap,
         slopes,
         sink_logits,

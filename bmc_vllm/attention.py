@@ -38,6 +38,14 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+FP8_KV_CACHE = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""Quantised caches by vLLM's names; vLLM hands them over as uint8."""
+
+
 class BMCAttentionBackend(AttentionBackend):
     """What the kernel can take, in vLLM's terms."""
 
@@ -45,7 +53,7 @@ class BMCAttentionBackend(AttentionBackend):
     forward_includes_kv_cache_update: bool = False
 
     supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *FP8_KV_CACHE]
 
     @staticmethod
     def get_name() -> str:
@@ -191,6 +199,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
         )
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
+        self._fp8 = FP8_KV_CACHE.get(kv_cache_dtype)
         self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         if sinks is not None and sinks.shape[0] != num_heads:
@@ -221,7 +230,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
 
         Args:
             query: [T, num_heads, head_size], T may include padding.
-            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], uint8 where quantised.
             attn_metadata: None while vLLM warms up.
             output: [T, num_heads, head_size], written for the tokens that are no padding.
         """
@@ -234,7 +243,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
         num_tokens = attn_metadata.num_actual_tokens
         paged_attention(
             query[:num_tokens],
-            kv_cache,
+            kv_cache if self._fp8 is None else kv_cache.view(self._fp8),
             attn_metadata.batch,
             output[:num_tokens],
             scale=self.scale,
@@ -242,6 +251,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
             alibi_slopes=self.alibi_slopes,
             logits_soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
+            **self._scales(layer),
         )
         return output
 
@@ -255,4 +265,16 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
     ) -> None:
         """Writes ``key`` and ``value`` ([T, num_kv_heads, head_size]) to their slots; -1 skips."""
         num_slots = slot_mapping.shape[0]
-        write_kv(key[:num_slots], value[:num_slots], kv_cache, slot_mapping)
+        write_kv(
+            key[:num_slots],
+            value[:num_slots],
+            kv_cache if self._fp8 is None else kv_cache.view(self._fp8),
+            slot_mapping,
+            **self._scales(layer),
+        )
+
+    def _scales(self, layer: Any) -> dict[str, float]:
+        """The layer's scales of quantised keys and values; a plain cache has none."""
+        if self._fp8 is None:
+            return {}
+        return {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}

@@ -66,7 +66,7 @@ def selects_bmc(vllm_config: VllmConfig) -> bool:
 
 def unsupported_feature(selector: AttentionSelectorConfig) -> str | None:
     """The feature of a layer that the kernel lacks, in the words of its setting; None if none."""
-    from bmc_vllm.attention import BMCAttentionBackend
+    from bmc_vllm.attention import FP8_KV_CACHE, BMCAttentionBackend
 
     dtype = str(selector.dtype).removeprefix("torch.")
     if selector.use_mla:
@@ -75,7 +75,7 @@ def unsupported_feature(selector: AttentionSelectorConfig) -> str | None:
         return "sparse attention"
     if selector.attn_type != "decoder":
         return f"attention type {str(getattr(selector.attn_type, 'value', selector.attn_type))!r}"
-    if selector.kv_cache_dtype not in (None, "auto", dtype):
+    if selector.kv_cache_dtype not in (None, "auto", dtype, *FP8_KV_CACHE):
         return f"kv_cache_dtype={selector.kv_cache_dtype!r} with dtype {dtype}"
     if not BMCAttentionBackend.supports_dtype(selector.dtype):
         return f"dtype {dtype}"

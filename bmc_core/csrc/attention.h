@@ -1,7 +1,7 @@
 // Paged attention over r-row chunks: the types that the dispatcher, the planner and the kernels
 // share.
 //
-// KV cache layout of one (block, KV head), P = 2 for bfloat16 and 1 for float16 and float32:
+// KV cache layout of one (block, KV head), P = 2 for bfloat16 and fp8, 1 for float16 and float32:
 //   K: [block_size/16][D/P][16][P]   tiles of 16 rows, transposed in packs of P dimensions
 //   V: [block_size/P][D][P]          packs of P rows
 // so that one vector load holds the same P dimensions of 16 rows of K, or 16 dimensions of the same
@@ -24,6 +24,8 @@ constexpr int kMinHeadSize = 32;
 constexpr int kMaxHeadSize = 256;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// What the cache holds: the query's type, or 8-bit floats (P = 2) times a scale.
+enum class CacheType : int { kSameAsQuery = 0, kE4M3 = 1, kE5M2 = 2 };
 
 // One KV head of some consecutive query positions of one sequence, over KV rows [kv_begin, kv_end).
 struct WorkItem {
@@ -69,7 +71,9 @@ struct AttentionArgs {
   int64_t cache_stride_block, cache_stride_head;
   int32_t head_size;
   DType dtype;
-  float scale;
+  CacheType cache_type;
+  float scale;                // of the logits; the scale of quantised keys is already in it
+  float value_scale;          // of quantised values, else 1
   float softcap;              // 0: none
   const float* alibi_slopes;  // [q heads] or null
   const float* sinks;         // [q heads] or null

@@ -17,8 +17,8 @@ namespace {
 template <class E>
 inline void attend_item(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch) {
 #ifdef __AMX_BF16__
-  if constexpr (std::is_same_v<E, BFloat16>) {
-    if (TileItem::fits(args, work)) return TileItem(args, work, scratch).run();
+  if constexpr (std::is_same_v<typename E::Arith, uint16_t>) {
+    if (TileItem<E>::fits(args, work)) return TileItem<E>(args, work, scratch).run();
   }
 #endif
   VectorItem<E>(args, work, scratch).run();
@@ -35,6 +35,19 @@ void attend_share(const AttentionArgs& args, int thread) {
   }
 }
 
+// Same: the element of a cache of the query's type; Values, Products: of one of fp8.
+template <class Same, class Values, class Products>
+void attend_cache(const AttentionArgs& args, int thread) {
+  switch (args.cache_type) {
+    case CacheType::kSameAsQuery:
+      return attend_share<Same>(args, thread);
+    case CacheType::kE4M3:
+      return attend_share<Fp8<E4M3, Values, Products>>(args, thread);
+    case CacheType::kE5M2:
+      return attend_share<Fp8<E5M2, Values, Products>>(args, thread);
+  }
+}
+
 void attend_share_of(const AttentionArgs& args, int thread) {
 #ifdef __AMX_BF16__
   const TileConfig config;
@@ -42,13 +55,13 @@ void attend_share_of(const AttentionArgs& args, int thread) {
 #endif
   switch (args.dtype) {
     case DType::kFloat32:
-      attend_share<Float32>(args, thread);
+      attend_cache<Float32, FloatValues, PairProducts>(args, thread);
       break;
     case DType::kFloat16:
-      attend_share<Float16>(args, thread);
+      attend_cache<Float16, HalfValues, PairProducts>(args, thread);
       break;
     case DType::kBFloat16:
-      attend_share<BFloat16>(args, thread);
+      attend_cache<BFloat16, BFloatValues, BFloatProducts>(args, thread);
       break;
   }
 #ifdef __AMX_BF16__
@@ -65,8 +78,11 @@ void attend(const AttentionArgs& args) {
 }
 
 int64_t scratch_bytes(int32_t max_rows, int32_t head_size) {
-  Scratch<Float32> widest;
-  return align64(widest.carve(nullptr, max_rows, head_size));
+  Scratch<Float32> plain;
+  Scratch<Fp8<E4M3, FloatValues, PairProducts>> quantised;
+  const int64_t widest = plain.carve(nullptr, max_rows, head_size);
+  const int64_t unpacked = quantised.carve(nullptr, max_rows, head_size);
+  return widest > unpacked ? widest : unpacked;
 }
 
 }  // namespace

@@ -86,8 +86,8 @@ Plan make_plan(uintptr_t query_start, uintptr_t seq_lens, uintptr_t block_table,
 void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t query_stride_head,
             uintptr_t out, int64_t out_stride_token, int64_t out_stride_head, uintptr_t cache,
             int64_t num_blocks, int64_t cache_stride_block, int64_t cache_stride_head,
-            int32_t head_size, int dtype, float scale, float softcap, uintptr_t alibi_slopes,
-            uintptr_t sinks) {
+            int32_t head_size, int dtype, int cache_type, float scale, float value_scale,
+            float softcap, uintptr_t alibi_slopes, uintptr_t sinks) {
   if (plan.min_block() < 0 || plan.max_block() >= num_blocks) {
     const int32_t wrong = plan.min_block() < 0 ? plan.min_block() : plan.max_block();
     throw std::out_of_range("block table holds block id " + std::to_string(wrong) +
@@ -107,7 +107,9 @@ void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t que
   args.cache_stride_head = cache_stride_head;
   args.head_size = head_size;
   args.dtype = static_cast<DType>(dtype);
+  args.cache_type = static_cast<CacheType>(cache_type);
   args.scale = scale;
+  args.value_scale = value_scale;
   args.softcap = softcap;
   args.alibi_slopes = reinterpret_cast<const float*>(alibi_slopes);
   args.sinks = reinterpret_cast<const float*>(sinks);
@@ -129,13 +131,28 @@ void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head
                 int64_t value_stride_token, int64_t value_stride_head, uintptr_t cache,
                 int64_t cache_stride_block, int64_t cache_stride_head, uintptr_t slots,
                 int64_t num_tokens, int64_t num_blocks, int32_t num_kv_heads, int32_t head_size,
-                int32_t block_size, int dtype) {
+                int32_t block_size, int dtype, int cache_type, float key_scale, float value_scale) {
   py::gil_scoped_release release;
-  write_cache({reinterpret_cast<const void*>(key), reinterpret_cast<const void*>(value),
-               key_stride_token, key_stride_head, value_stride_token, value_stride_head,
-               reinterpret_cast<void*>(cache), cache_stride_block, cache_stride_head,
-               reinterpret_cast<const int64_t*>(slots), num_tokens, num_blocks, num_kv_heads,
-               head_size, block_size, static_cast<DType>(dtype), omp_get_max_threads()});
+  write_cache({reinterpret_cast<const void*>(key),
+               reinterpret_cast<const void*>(value),
+               key_stride_token,
+               key_stride_head,
+               value_stride_token,
+               value_stride_head,
+               reinterpret_cast<void*>(cache),
+               cache_stride_block,
+               cache_stride_head,
+               reinterpret_cast<const int64_t*>(slots),
+               num_tokens,
+               num_blocks,
+               num_kv_heads,
+               head_size,
+               block_size,
+               static_cast<DType>(dtype),
+               static_cast<CacheType>(cache_type),
+               key_scale,
+               value_scale,
+               omp_get_max_threads()});
 }
 
 }  // namespace

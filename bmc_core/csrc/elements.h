@@ -1,57 +1,94 @@
-// What one cache element is and how a product over it is accumulated, per dtype.
+// What one cache element is and how a product over it is accumulated.
 //
-//   Storage    the type in the cache, the query and the output
+//   Value      the type of the query and the output, widened from and narrowed to float
+//   Storage    the type in the cache
 //   Arith      the type that the left operand (query, probabilities) is packed to
 //   kPack      P of the cache layout: how many products one `dot` adds to each lane
 //   Right      one vector load of the cache: 16 lanes x kPack
-//   kExpDegree degree of the exponential's polynomial: as exact as the probabilities are stored
 //   Left       kPack values of the left operand, broadcast to all lanes
+//   kExpDegree degree of the exponential's polynomial: as exact as the probabilities are stored
+//   Wide       the element whose storage a quantised cache is unpacked to where that is done once
+//              for many query rows; the element itself where nothing is quantised
 #pragma once
 
 #include "attention.h"
+#include "fp8.h"
 
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
-struct Float32 {
-  static constexpr int kExpDegree = 5;
-  using Storage = float;
-  using Arith = float;
-  using Right = F32x16;
-  using Left = F32x16;
-  static constexpr int kPack = 1;
-  static Right right(const Storage* p) { return load(p); }
-  static Left left(const Arith* p) { return set1(*p); }
-  static void dot(F32x16& acc, Left a, Right b) { acc = fma(a, b, acc); }
-  static void pack(Arith* dst, F32x16 x) { store(dst, x); }
-  static F32x16 widen(const Storage* p) { return load(p); }
-  static void narrow(Storage* p, F32x16 x) { store(p, x); }
+struct FloatValues {
+  using Value = float;
+  static F32x16 widen(const Value* p) { return load(p); }
+  static void narrow(Value* p, F32x16 x) { store(p, x); }
 };
 
-struct Float16 {
-  static constexpr int kExpDegree = 5;
-  using Storage = uint16_t;
+struct HalfValues {
+  using Value = uint16_t;
+  static F32x16 widen(const Value* p) { return load_half(p); }
+  static void narrow(Value* p, F32x16 x) { store_half(p, x); }
+};
+
+struct BFloatValues {
+  using Value = uint16_t;
+  static F32x16 widen(const Value* p) { return load_bfloat(p); }
+  static void narrow(Value* p, F32x16 x) { store_bfloat(p, x); }
+};
+
+// Products of float with one float of the cache per lane.
+struct SingleProducts {
   using Arith = float;
   using Right = F32x16;
   using Left = F32x16;
   static constexpr int kPack = 1;
-  static Right right(const Storage* p) { return load_half(p); }
+  static constexpr int kExpDegree = 5;
   static Left left(const Arith* p) { return set1(*p); }
   static void dot(F32x16& acc, Left a, Right b) { acc = fma(a, b, acc); }
   static void pack(Arith* dst, F32x16 x) { store(dst, x); }
-  static F32x16 widen(const Storage* p) { return load_half(p); }
-  static void narrow(Storage* p, F32x16 x) { store_half(p, x); }
+};
+
+// Products of float with two bfloat16 of the cache per lane, widened in registers.
+struct PairProducts {
+  struct Pair {
+    F32x16 first, second;
+  };
+  using Arith = float;
+  using Right = Pair;
+  using Left = Pair;
+  static constexpr int kPack = 2;
+  static constexpr int kExpDegree = 5;
+  static Right right(const uint16_t* pairs) {
+    Pair r;
+    load_bfloat_pairs(pairs, &r.first, &r.second);
+    return r;
+  }
+  template <class Format>
+  static Right right_fp8(const uint8_t* pairs) {
+    Pair r;
+    load_fp8_pairs<Format>(pairs, &r.first, &r.second);
+    return r;
+  }
+  static Left left(const Arith* p) { return {set1(p[0]), set1(p[1])}; }
+  static void dot(F32x16& acc, Left a, Right b) {
+    acc = fma(a.first, b.first, acc);
+    acc = fma(a.second, b.second, acc);
+  }
+  static void pack(Arith* dst, F32x16 x) { store(dst, x); }
 };
 
 #ifdef __AVX512BF16__
-struct BFloat16 {
-  static constexpr int kExpDegree = 4;
-  using Storage = uint16_t;
-  using Arith = uint16_t;  // probabilities are rounded to bfloat16, sums stay in float32
+// Products of bfloat16 pairs; probabilities are rounded to bfloat16, sums stay in float.
+struct BFloatProducts {
+  using Arith = uint16_t;
   using Right = __m512i;
   using Left = __m512i;
   static constexpr int kPack = 2;
-  static Right right(const Storage* p) { return _mm512_loadu_si512(p); }
+  static constexpr int kExpDegree = 4;
+  static Right right(const uint16_t* pairs) { return _mm512_loadu_si512(pairs); }
+  template <class Format>
+  static Right right_fp8(const uint8_t* pairs) {
+    return fp8_to_bfloat<Format>(pairs);
+  }
   static Left left(const Arith* p) {
     int32_t pair;
     memcpy(&pair, p, 4);
@@ -61,35 +98,47 @@ struct BFloat16 {
     acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)a, (__m512bh)b);
   }
   static void pack(Arith* dst, F32x16 x) { store_bfloat(dst, x); }
-  static F32x16 widen(const Storage* p) { return load_bfloat(p); }
-  static void narrow(Storage* p, F32x16 x) { store_bfloat(p, x); }
 };
 #else
-struct BFloat16 {
-  struct Pair {
-    F32x16 first, second;
-  };
-  static constexpr int kExpDegree = 5;
-  using Storage = uint16_t;
-  using Arith = float;
-  using Right = Pair;
-  using Left = Pair;
-  static constexpr int kPack = 2;
-  static Right right(const Storage* p) {
-    Pair r;
-    load_bfloat_pairs(p, &r.first, &r.second);
-    return r;
-  }
-  static Left left(const Arith* p) { return {set1(p[0]), set1(p[1])}; }
-  static void dot(F32x16& acc, Left a, Right b) {
-    acc = fma(a.first, b.first, acc);
-    acc = fma(a.second, b.second, acc);
-  }
-  static void pack(Arith* dst, F32x16 x) { store(dst, x); }
-  static F32x16 widen(const Storage* p) { return load_bfloat(p); }
-  static void narrow(Storage* p, F32x16 x) { store_bfloat(p, x); }
-};
+using BFloatProducts = PairProducts;
 #endif
+
+struct Float32 : FloatValues, SingleProducts {
+  using Storage = float;
+  using Wide = Float32;
+  static Right right(const Storage* p) { return load(p); }
+};
+
+struct Float16 : HalfValues, SingleProducts {
+  using Storage = uint16_t;
+  using Wide = Float16;
+  static Right right(const Storage* p) { return load_half(p); }
+};
+
+struct BFloat16 : BFloatValues, BFloatProducts {
+  using Storage = uint16_t;
+  using Wide = BFloat16;
+};
+
+// A cache of fp8 codes under queries of another type.
+template <class Values, class Products>
+struct Unpacked : Values, Products {
+  using Storage = uint16_t;
+  using Wide = Unpacked;
+};
+
+template <class Format, class Values, class Products>
+struct Fp8 : Values, Products {
+  using Storage = uint8_t;
+  using Wide = Unpacked<Values, Products>;
+  static typename Products::Right right(const Storage* p) {
+    return Products::template right_fp8<Format>(p);
+  }
+  // count: multiple of 32
+  static void unpack(const Storage* from, int count, uint16_t* to) {
+    for (int i = 0; i < count; i += 32) unpack_fp8<Format>(from + i, to + i);
+  }
+};
 
 }  // namespace
 }  // namespace bmc::BMC_ISA_NAMESPACE

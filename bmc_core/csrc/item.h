@@ -45,6 +45,7 @@ struct Scratch {
   typename E::Arith* probs;   // [kPanelRows][kPanelColumns]
   float* correction;          // [kPanelRows]
   typename E::Storage* edge;  // [kEdgeTiles][16][D] rows of V with stale ones zeroed
+  uint16_t* unpacked;         // [2][kPanelColumns][D] K and V of a step, from a quantised cache
 
   // Sets the pointers from base on; returns the bytes taken.
   int64_t carve(char* base, int64_t max_rows, int64_t head_size) {
@@ -65,6 +66,7 @@ struct Scratch {
     take(probs, kPanelRows * kPanelColumns);
     take(correction, kPanelRows);
     take(edge, kEdgeTiles * kTileRows * head_size);
+    take(unpacked, sizeof(typename E::Storage) == 1 ? 2 * kPanelColumns * head_size : 0);
     return at;
   }
 };
@@ -73,6 +75,7 @@ template <class E>
 class Item {
  protected:
   using Storage = typename E::Storage;
+  using Value = typename E::Value;
   using Arith = typename E::Arith;
 
   Item(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
@@ -93,10 +96,10 @@ class Item {
   int position(int row) const { return seq_len_ - query_len_ + work_.query_begin + row / group_; }
 
   void begin() {
-    const Storage* query = static_cast<const Storage*>(args_.query);
+    const Value* query = static_cast<const Value*>(args_.query);
     const bool takes_sink = args_.sinks != nullptr && work_.split_index == 0;
     for (int row = 0; row < rows_; ++row) {
-      const Storage* q =
+      const Value* q =
           query + token(row) * args_.query_stride_token + query_head(row) * args_.query_stride_head;
       for (int d = 0; d < head_size_; d += 16) {
         E::pack(s_.query + row * head_size_ + d, E::widen(q + d));
@@ -207,9 +210,9 @@ class Item {
  private:
   // out = acc / sum; a row that sees nothing is zero.
   void finish(int row, float sum, const float* acc) const {
-    Storage* out = static_cast<Storage*>(args_.out) + token(row) * args_.out_stride_token +
-                   query_head(row) * args_.out_stride_head;
-    const F32x16 inverse = set1(sum == 0.f ? 0.f : 1.f / sum);
+    Value* out = static_cast<Value*>(args_.out) + token(row) * args_.out_stride_token +
+                 query_head(row) * args_.out_stride_head;
+    const F32x16 inverse = set1(sum == 0.f ? 0.f : args_.value_scale / sum);
     for (int d = 0; d < head_size_; d += 16) E::narrow(out + d, mul(load(acc + d), inverse));
   }
 

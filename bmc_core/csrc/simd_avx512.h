@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "fp8.h"
+
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
@@ -69,6 +71,32 @@ inline void store_bfloat(uint16_t* p, F32x16 a) {
 // Sixteen bfloat16 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
 inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) {
   const __m512i pairs = _mm512_loadu_si512(p);
+  first->v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  second->v = _mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// 32 fp8 codes as bfloat16, in order.
+template <class Format>
+inline __m512i fp8_to_bfloat(const uint8_t* p) {
+  const uint16_t* table = kDecode<Format>.bits;
+  const __m512i code = _mm512_cvtepu8_epi16(load_i256(p));
+  const __m512i low =
+      _mm512_permutex2var_epi16(_mm512_load_si512(table), code, _mm512_load_si512(table + 32));
+  const __m512i high =
+      _mm512_permutex2var_epi16(_mm512_load_si512(table + 64), code, _mm512_load_si512(table + 96));
+  const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8);
+  return _mm512_or_si512(sign, _mm512_mask_mov_epi16(low, upper, high));
+}
+template <class Format>
+inline void unpack_fp8(const uint8_t* from, uint16_t* to) {
+  _mm512_storeu_si512(to, fp8_to_bfloat<Format>(from));
+}
+// Sixteen fp8 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
+template <class Format>
+inline void load_fp8_pairs(const uint8_t* p, F32x16* first, F32x16* second) {
+  const __m512i pairs = fp8_to_bfloat<Format>(p);
   first->v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   second->v = _mm512_castsi512_ps(
       _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));

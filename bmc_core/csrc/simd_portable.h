@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fp8.h"
+#include "scalar_float.h"
+
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
@@ -105,22 +108,6 @@ inline F32x16 scale_by_floor_power(F32x16 a, F32x16 x) {
   return a;
 }
 
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  uint32_t exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu, bits;
-  if (exponent == 0x1fu) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
-  } else {  // zero and subnormals: mantissa * 2^-24
-    float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-08f;
-    memcpy(&bits, &magnitude, 4);
-    bits |= sign;
-  }
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
 // Round to nearest, ties to even.
 inline uint16_t float_to_half(float x) {
   uint32_t bits;
@@ -179,6 +166,21 @@ inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) 
     first->v[i] = (Float4)(pair << 16);
     second->v[i] = (Float4)(pair & high);
   }
+}
+
+// 32 fp8 codes as bfloat16, in order.
+template <class Format>
+inline void unpack_fp8(const uint8_t* from, uint16_t* to) {
+  for (int i = 0; i < 32; ++i) {
+    to[i] = static_cast<uint16_t>(kDecode<Format>.bits[from[i] & 0x7f] | (from[i] & 0x80) << 8);
+  }
+}
+// Sixteen fp8 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
+template <class Format>
+inline void load_fp8_pairs(const uint8_t* p, F32x16* first, F32x16* second) {
+  uint16_t pairs[32];
+  unpack_fp8<Format>(p, pairs);
+  load_bfloat_pairs(pairs, first, second);
 }
 
 #undef BMC_EACH4

@@ -1,8 +1,8 @@
-// An item computed with AMX matrix tiles (bfloat16): 32 query rows by 256 KV rows at a time. The
-// cache layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand tiles of 16
-// pair rows by 64 bytes, and V's row pairs [rows/2][D][2] are right-hand tiles with a row stride of
-// D pairs. Worth it from about one tile of query rows on; needs head and block sizes in steps
-// of 32.
+// An item computed with AMX matrix tiles (bfloat16 queries): 32 query rows by 256 KV rows at a
+// time. The cache layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand
+// tiles of 16 pair rows by 64 bytes, and V's row pairs [rows/2][D][2] are right-hand tiles with a
+// row stride of D pairs. Worth it from about one tile of query rows on; needs head and block sizes
+// in steps of 32.
 #pragma once
 
 #include "item.h"
@@ -13,6 +13,7 @@ namespace {
 constexpr int kTileDim = 32;    // dimensions, or KV rows, that one tile product sums over
 constexpr int kGroupRows = 32;  // KV rows of one right-hand pair of tiles
 constexpr int kMinTileRows = 4;
+constexpr int kMinUnpackedRows = 8;  // fewer decode fp8 in registers
 
 // The compiler's tile intrinsics do not say that they read memory.
 inline void stores_before_tiles() { __asm__ volatile("" ::: "memory"); }
@@ -29,25 +30,32 @@ struct TileConfig {
   }
 };
 
-class TileItem : Item<BFloat16> {
-  using E = BFloat16;
+template <class E>
+class TileItem : Item<E> {
+  using Base = Item<E>;
+  using Base::args_, Base::head_size_, Base::rows_, Base::s_, Base::work_;
+  using typename Base::Arith;
+  using typename Base::Storage;
+  using Wide = uint16_t;
+  static constexpr bool kUnpack = sizeof(Storage) == 1;
 
  public:
   TileItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
-      : Item(args, work, scratch) {}
+      : Base(args, work, scratch) {}
 
   static bool fits(const AttentionArgs& args, const WorkItem& work) {
-    return work.query_count * args.plan.group_size >= kMinTileRows &&
-           args.head_size % kTileDim == 0 && args.plan.block_size % kGroupRows == 0;
+    const int least = kUnpack ? kMinUnpackedRows : kMinTileRows;
+    return work.query_count * args.plan.group_size >= least && args.head_size % kTileDim == 0 &&
+           args.plan.block_size % kGroupRows == 0;
   }
 
   void run() {
-    begin();
+    Base::begin();
     edge_ = s_.edge;
     for (int kv = work_.kv_begin & ~(kGroupRows - 1); kv < work_.kv_end; kv += kPanelColumns) {
       step(kv);
     }
-    end();
+    Base::end();
   }
 
  private:
@@ -56,12 +64,24 @@ class TileItem : Item<BFloat16> {
   void step(int kv) {
     const int rest = work_.kv_end - kv;
     const int groups = rest >= kPanelColumns ? kGroups : (rest + kGroupRows - 1) / kGroupRows;
-    const Storage* keys[kGroups];
-    const Storage* values[kGroups];
+    const Wide* keys[kGroups];
+    const Wide* values[kGroups];
     for (int g = 0; g < groups; ++g) {
       const int row = kv + g * kGroupRows;
-      keys[g] = key_tile(row);
-      values[g] = usable_values(keys[g] + value_offset(), row, kGroupRows, edge_);
+      const Storage* key = Base::key_tile(row);
+      const Storage* value =
+          Base::usable_values(key + Base::value_offset(), row, kGroupRows, edge_);
+      if constexpr (kUnpack) {
+        const int count = kGroupRows * head_size_;
+        Wide* unpacked = s_.unpacked + 2 * g * count;
+        E::unpack(key, count, unpacked);
+        E::unpack(value, count, unpacked + count);
+        keys[g] = unpacked;
+        values[g] = unpacked + count;
+      } else {
+        keys[g] = key;
+        values[g] = value;
+      }
     }
     for (int row = 0; row < rows_; row += kPanelRows) {
       const int count = rows_ - row < kPanelRows ? rows_ - row : kPanelRows;
@@ -74,15 +94,15 @@ class TileItem : Item<BFloat16> {
       const int columns = used * kGroupRows;
       const bool masked = s_.limit[row] < kv + columns || s_.lower[row + count - 1] > kv;
       for (int m = 0; m < count; ++m) {
-        const float correction = softmax(row + m, s_.scores + m * kPanelColumns,
-                                         s_.probs + m * kPanelColumns, kv, columns, masked);
+        const float correction = Base::softmax(row + m, s_.scores + m * kPanelColumns,
+                                               s_.probs + m * kPanelColumns, kv, columns, masked);
         if (correction != 1.f) rescale(row + m, correction);
       }
       two ? weigh<true>(row, used, values) : weigh<false>(row, used, values);
     }
   }
 
-  void fetch(const Storage* const* group, int d) const {
+  void fetch(const Wide* const* group, int d) const {
     const char* from = reinterpret_cast<const char*>(*group) + d * kGroupRows * 2;
     for (int i = 0; i < 32; ++i) __builtin_prefetch(from + 64 * i, 0, 2);
   }
@@ -96,7 +116,7 @@ class TileItem : Item<BFloat16> {
 
   // scores[32][32 * groups] = query . K; kTwo: more than 16 rows, else the second half is left out.
   template <bool kTwo>
-  void score(int row, int groups, const Storage* const* keys, const Storage* const* fetch_v) {
+  void score(int row, int groups, const Wide* const* keys, const Wide* const* fetch_v) {
     const Arith* q = s_.query + row * head_size_;
     const int64_t query_stride = head_size_ * static_cast<int64_t>(sizeof(Arith));
     constexpr int64_t kScoreStride = kPanelColumns * sizeof(float);
@@ -109,7 +129,7 @@ class TileItem : Item<BFloat16> {
         _tile_zero(2);
         _tile_zero(3);
       }
-      const Storage* key = keys[g];
+      const Wide* key = keys[g];
       for (int d = 0; d < head_size_; d += kTileDim) {
         if (row == 0) fetch(fetch_v + g, d);
         _tile_loadd(6, key + d * kTileRows, 64);
@@ -136,10 +156,10 @@ class TileItem : Item<BFloat16> {
 
   // acc[32][D] += probs[32][32 * groups] . V
   template <bool kTwo>
-  void weigh(int row, int groups, const Storage* const* values) {
+  void weigh(int row, int groups, const Wide* const* values) {
     float* acc = s_.acc + row * head_size_;
     const int64_t acc_stride = head_size_ * static_cast<int64_t>(sizeof(float));
-    const int64_t value_stride = head_size_ * 2 * static_cast<int64_t>(sizeof(Storage));
+    const int64_t value_stride = head_size_ * 2 * static_cast<int64_t>(sizeof(Wide));
     constexpr int64_t kProbStride = kPanelColumns * sizeof(Arith);
     stores_before_tiles();
     for (int d = 0; d < head_size_; d += 32) {

@@ -12,9 +12,9 @@ namespace {
 template <class E, int MR, int NT, bool kFetch>
 inline void score_block(const typename E::Arith* query, int head_size,
                         const typename E::Storage* const* tiles, float* scores,
-                        const typename E::Storage* const* fetch_v,
-                        const typename E::Storage* const* fetch_k) {
+                        const char* const* fetch_v, const char* const* fetch_k) {
   constexpr int kStride = kTileRows * E::kPack;
+  constexpr int kBytes = kStride * sizeof(typename E::Storage);
   F32x16 acc[MR][NT];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -28,8 +28,8 @@ inline void score_block(const typename E::Arith* query, int head_size,
     for (int n = 0; n < NT; ++n) {
       b[n] = E::right(tiles[n] + k * kStride);
       if constexpr (kFetch) {
-        __builtin_prefetch(fetch_v[n] + k * kStride, 0, 3);
-        __builtin_prefetch(fetch_k[n] + k * kStride, 0, 2);
+        __builtin_prefetch(fetch_v[n] + k * kBytes, 0, 3);
+        __builtin_prefetch(fetch_k[n] + k * kBytes, 0, 2);
       }
     }
 #pragma GCC unroll 8
@@ -120,30 +120,68 @@ class VectorItem : Item<E> {
   }
 
  private:
+  // Tiles of one step as the products see them: the cache itself, or an unpacked copy.
+  template <class W>
+  struct Tiles {
+    const typename W::Storage* keys[kStepTiles];
+    const typename W::Storage* values[kStepTiles];
+    int count;
+  };
+  // Addresses fetched while the scores are computed.
+  struct Fetch {
+    const char* values[kStepTiles];
+    const char* next_keys[kStepTiles];
+  };
+
   // Up to 64 KV rows from kv on.
   void step(int kv) {
     const int end = work_.kv_end;
-    const int tiles = kv + kStepRows <= end ? kStepTiles : (end - kv + kTileRows - 1) / kTileRows;
-    const Storage* keys[kStepTiles];
-    const Storage* values[kStepTiles];
-    const Storage* fetch_values[kStepTiles];
-    const Storage* next_keys[kStepTiles];
+    Tiles<E> tiles;
+    Fetch fetch;
+    tiles.count = kv + kStepRows <= end ? kStepTiles : (end - kv + kTileRows - 1) / kTileRows;
     for (int t = 0; t < kStepTiles; ++t) {
-      const int row = t < tiles ? kv + t * kTileRows : kv;
-      keys[t] = Base::key_tile(row);
-      fetch_values[t] = keys[t] + Base::value_offset();
-      values[t] = t < tiles ? Base::usable_values(fetch_values[t], row, kTileRows, edge_) : nullptr;
-      next_keys[t] = row + kStepRows < end ? Base::key_tile(row + kStepRows) : keys[t];
+      const int row = t < tiles.count ? kv + t * kTileRows : kv;
+      const Storage* key = Base::key_tile(row);
+      const Storage* value = key + Base::value_offset();
+      const Storage* next = row + kStepRows < end ? Base::key_tile(row + kStepRows) : key;
+      tiles.keys[t] = key;
+      tiles.values[t] =
+          t < tiles.count ? Base::usable_values(value, row, kTileRows, edge_) : nullptr;
+      fetch.values[t] = reinterpret_cast<const char*>(value);
+      fetch.next_keys[t] = reinterpret_cast<const char*>(next);
     }
+    if constexpr (!std::is_same_v<E, typename E::Wide>) {
+      // Each row block would decode the same codes again.
+      if (rows_ > kRowBlock) return attend_rows<typename E::Wide>(kv, unpack(tiles), nullptr);
+    }
+    attend_rows<E>(kv, tiles, &fetch);
+  }
+
+  Tiles<typename E::Wide> unpack(const Tiles<E>& tiles) const {
+    Tiles<typename E::Wide> wide;
+    wide.count = tiles.count;
+    const int tile = kTileRows * head_size_;
+    for (int t = 0; t < tiles.count; ++t) {
+      uint16_t* key = s_.unpacked + 2 * t * tile;
+      E::unpack(tiles.keys[t], tile, key);
+      E::unpack(tiles.values[t], tile, key + tile);
+      wide.keys[t] = key;
+      wide.values[t] = key + tile;
+    }
+    return wide;
+  }
+
+  template <class W>
+  void attend_rows(int kv, const Tiles<W>& tiles, const Fetch* fetch) {
     for (int row = 0; row < rows_; row += kRowBlock) {
       const int count = rows_ - row < kRowBlock ? rows_ - row : kRowBlock;
       // Rows are in order of position: the last one of the block sees furthest.
       const int visible = s_.limit[row + count - 1] - kv;
       if (visible <= 0) continue;
       const int seen = (visible + kTileRows - 1) / kTileRows;
-      const int used = seen < tiles ? seen : tiles;
+      const int used = seen < tiles.count ? seen : tiles.count;
       dispatch<kRowBlock>(count, [&](auto mr) {
-        score<decltype(mr)::value>(row, used, keys, row == 0, fetch_values, next_keys);
+        score<W, decltype(mr)::value>(row, used, tiles.keys, row == 0 ? fetch : nullptr);
       });
       const bool masked = s_.limit[row] < kv + used * kTileRows || s_.lower[row + count - 1] > kv;
       for (int m = 0; m < count; ++m) {
@@ -151,40 +189,40 @@ class VectorItem : Item<E> {
             Base::softmax(row + m, s_.scores + m * kPanelColumns, s_.probs + m * kPanelColumns, kv,
                           used * kTileRows, masked);
       }
-      dispatch<kRowBlock>(count, [&](auto mr) { weigh<decltype(mr)::value>(row, used, values); });
+      dispatch<kRowBlock>(count,
+                          [&](auto mr) { weigh<W, decltype(mr)::value>(row, used, tiles.values); });
     }
   }
 
-  template <int MR>
-  void score(int row, int tiles, const Storage** keys, bool fetch, const Storage** fetch_v,
-             const Storage** fetch_k) {
+  template <class W, int MR>
+  void score(int row, int tiles, const typename W::Storage* const* keys, const Fetch* fetch) {
     const Arith* q = s_.query + row * head_size_;
     int t = 0;
     for (; t + kScoreTiles <= tiles; t += kScoreTiles) {
       float* scores = s_.scores + t * kTileRows;
-      if (fetch) {
-        score_block<E, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, fetch_v + t,
-                                              fetch_k + t);
+      if (fetch != nullptr) {
+        score_block<W, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, fetch->values + t,
+                                              fetch->next_keys + t);
       } else {
-        score_block<E, MR, kScoreTiles, false>(q, head_size_, keys + t, scores, nullptr, nullptr);
+        score_block<W, MR, kScoreTiles, false>(q, head_size_, keys + t, scores, nullptr, nullptr);
       }
     }
     for (; t < tiles; ++t) {
-      score_block<E, MR, 1, false>(q, head_size_, keys + t, s_.scores + t * kTileRows, nullptr,
+      score_block<W, MR, 1, false>(q, head_size_, keys + t, s_.scores + t * kTileRows, nullptr,
                                    nullptr);
     }
   }
 
-  template <int MR>
-  void weigh(int row, int tiles, const Storage** values) {
+  template <class W, int MR>
+  void weigh(int row, int tiles, const typename W::Storage* const* values) {
     float* acc = s_.acc + row * head_size_;
     int dim = 0;
     for (; dim + 16 * kValueVectors <= head_size_; dim += 16 * kValueVectors) {
-      value_block<E, MR, kValueVectors>(s_.probs, values, tiles, dim, head_size_, s_.correction,
+      value_block<W, MR, kValueVectors>(s_.probs, values, tiles, dim, head_size_, s_.correction,
                                         acc);
     }
     for (; dim < head_size_; dim += 16) {
-      value_block<E, MR, 1>(s_.probs, values, tiles, dim, head_size_, s_.correction, acc);
+      value_block<W, MR, 1>(s_.probs, values, tiles, dim, head_size_, s_.correction, acc);
     }
   }
 

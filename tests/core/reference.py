@@ -33,6 +33,9 @@ class Case:
     sinks: bool = False
     seed: int = 0
     poison: float = float("nan")
+    cache_dtype: torch.dtype | None = None  # float8; None: the queries' dtype
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 class Inputs:
@@ -61,7 +64,7 @@ class Inputs:
         self.kv_cache = torch.full(
             (num_blocks, case.kv_heads, case.block_size, 2 * case.head_size),
             case.poison,
-            dtype=case.dtype,
+            dtype=case.cache_dtype or case.dtype,
         )
         for seq, count in enumerate(needed):
             taken, order = order[:count], order[count:]
@@ -69,7 +72,14 @@ class Inputs:
             rows = torch.arange(case.seq_lens[seq])
             blocks = self.block_table[seq].long()[rows // case.block_size]
             slots = blocks * case.block_size + rows % case.block_size
-            write_kv(self.keys[seq], self.values[seq], self.kv_cache, slots)
+            write_kv(
+                self.keys[seq],
+                self.values[seq],
+                self.kv_cache,
+                slots,
+                key_scale=case.key_scale,
+                value_scale=case.value_scale,
+            )
         self.query_start_loc = torch.tensor([0, *case.query_lens]).cumsum(0).to(torch.int32)
         self.seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32)
 
@@ -95,8 +105,16 @@ class Inputs:
             alibi_slopes=self.slopes,
             logits_soft_cap=self.case.logits_soft_cap,
             sinks=self.sinks,
+            key_scale=self.case.key_scale,
+            value_scale=self.case.value_scale,
         )
         return out
+
+    def stored(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        """What the cache should hold of `rows`, in float32."""
+        if self.case.cache_dtype is None:
+            return rows.float()
+        return quantised(rows, scale, self.case.cache_dtype).float() * scale
 
     def reference(self) -> torch.Tensor:
         """The same in float32 by einsum over whole score matrices."""
@@ -105,8 +123,8 @@ class Inputs:
         outputs = []
         for seq, query in enumerate(self.query.float().split(case.query_lens)):
             rows = case.seq_lens[seq]
-            key = self.keys[seq].float().repeat_interleave(group, dim=1)
-            value = self.values[seq].float().repeat_interleave(group, dim=1)
+            key = self.stored(self.keys[seq], case.key_scale).repeat_interleave(group, dim=1)
+            value = self.stored(self.values[seq], case.value_scale).repeat_interleave(group, dim=1)
             logits = torch.einsum("qhd,khd->hqk", query, key) * self.scale
             if case.logits_soft_cap:
                 logits = case.logits_soft_cap * torch.tanh(logits / case.logits_soft_cap)
@@ -127,6 +145,12 @@ class Inputs:
                 weights = logits.softmax(-1).nan_to_num(0.0)
             outputs.append(torch.einsum("hqk,khd->qhd", weights, value))
         return torch.cat(outputs)
+
+
+def quantised(rows: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """`rows / scale` as saturating fp8, by torch."""
+    limit = torch.finfo(dtype).max
+    return (rows.float() * (1.0 / scale)).clamp(-limit, limit).to(dtype)
 
 
 def assert_matches_reference(case: Case) -> None:

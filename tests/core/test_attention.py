@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Case, Inputs, assert_matches_reference
+from reference import Case, Inputs, assert_matches_reference, quantised
 
 from bmc_core import native
-from bmc_core.attention import DTYPES, HEAD_SIZES
+from bmc_core.attention import DTYPES, FP8_DTYPES, HEAD_SIZES, write_kv
 
 R = 128
 EDGE_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, R - 1, R, R + 1, 300]
@@ -32,6 +34,11 @@ def cases(draw) -> Case:
         seq_lens.append(seq_len)
         query_lens.append(min(query_len, seq_len))
     causal = draw(st.booleans())
+    cache_dtype = draw(st.sampled_from([None, None, None, *FP8_DTYPES]))
+    scales = st.just(1.0) if cache_dtype is None else st.sampled_from([0.02, 1.0, 3.5])
+    poison = draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0]))
+    if cache_dtype == torch.float8_e4m3fn and math.isinf(poison):
+        poison = float("nan")  # the format has no infinity
     return Case(
         seq_lens=seq_lens,
         query_lens=query_lens,
@@ -46,7 +53,10 @@ def cases(draw) -> Case:
         logits_soft_cap=draw(st.sampled_from([0.0, 0.0, 5.0, 50.0])),
         sinks=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
-        poison=draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0])),
+        poison=poison,
+        cache_dtype=cache_dtype,
+        key_scale=draw(scales),
+        value_scale=draw(scales),
     )
 
 
@@ -74,9 +84,11 @@ def test_lengths_around_a_chunk(isa: str, dtype: torch.dtype, length: int) -> No
     )
 
 
+@pytest.mark.parametrize("cache_dtype", [None, *FP8_DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mixed_batch(isa: str, dtype: torch.dtype) -> None:
+def test_mixed_batch(isa: str, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
     """Decodes, a verification, a prefill and a prefill chunk in one call."""
+    scale = 1.0 if cache_dtype is None else 0.05
     assert_matches_reference(
         Case(
             seq_lens=[513, 64, 129, 300, 190],
@@ -85,6 +97,9 @@ def test_mixed_batch(isa: str, dtype: torch.dtype) -> None:
             kv_heads=2,
             head_size=128,
             dtype=dtype,
+            cache_dtype=cache_dtype,
+            key_scale=scale,
+            value_scale=scale,
         )
     )
 
@@ -148,13 +163,47 @@ def test_nan_in_a_seen_row_reaches_the_output(isa: str) -> None:
         inputs = Inputs(Case(seq_lens=[50, 50], query_lens=[1, 1], dtype=dtype, poison=0.0))
         row = 10
         block = int(inputs.block_table[0, row // 32])
-        from bmc_core.attention import write_kv
-
         bad = torch.full((1, 2, 64), float("nan"), dtype=dtype)
         write_kv(bad, bad, inputs.kv_cache, torch.tensor([block * 32 + row]))
         out = inputs.run()
         assert torch.isnan(out[0]).all()
         assert torch.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", FP8_DTYPES)
+def test_fp8_codes_are_torchs(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Every code, the midpoints between codes, values out of range, NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(cache_dtype).float()
+    finite = codes[codes.isfinite()].sort().values
+    between = (finite[1:] + finite[:-1]) / 2
+    near = torch.cat([between * (1 + 2e-3), between * (1 - 2e-3)])
+    special = torch.tensor([1e-30, -1e-30, 6e4, -6e4, float("inf"), float("-inf"), float("nan")])
+    rows = torch.cat([codes, finite, between, near, special])
+    rows = torch.cat([rows, torch.zeros(-len(rows) % 32)]).to(dtype).view(-1, 1, 32)
+    blocks = -(-len(rows) // 16)
+    cache = torch.zeros(blocks, 1, 16, 64).to(cache_dtype)
+    write_kv(rows, rows, cache, torch.arange(len(rows)))
+    # K: [D/2][16][2] per block, V: [16/2][D][2] behind it.
+    raw = cache.view(torch.uint8).view(blocks, 2, 512)
+    keys = raw[:, 0].view(blocks, 16, 16, 2).permute(0, 2, 1, 3).reshape(-1, 32)[: len(rows)]
+    values = raw[:, 1].view(blocks, 8, 32, 2).permute(0, 1, 3, 2).reshape(-1, 32)[: len(rows)]
+    expected = quantised(rows[:, 0], 1.0, cache_dtype).view(torch.uint8)
+    nan = rows[:, 0].isnan()
+    for got in (keys, values):
+        assert torch.equal(got[~nan], expected[~nan])
+        assert got.contiguous().view(cache_dtype).float()[nan].isnan().all()
+
+
+def test_fp8_scales_belong_to_fp8_caches() -> None:
+    inputs = Inputs(Case(seq_lens=[5], query_lens=[1]))
+    inputs.case.key_scale = 2.0
+    with pytest.raises(ValueError, match="key_scale is 2.0; allowed: 1 for a cache of"):
+        inputs.run()
+    inputs = Inputs(Case(seq_lens=[5], query_lens=[1], cache_dtype=torch.float8_e5m2))
+    inputs.case.value_scale = 0.0
+    with pytest.raises(ValueError, match="value_scale is 0.0; allowed: a positive number"):
+        inputs.run()
 
 
 def test_empty_batch() -> None:

@@ -20,10 +20,11 @@ BASE = {
 }
 
 
-def _llama(num_kv_heads: int) -> torch.nn.Module:
+def _llama(num_kv_heads: int, head_dim: int = 32) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**BASE, num_key_value_heads=num_kv_heads))
+    config = LlamaConfig(**BASE, num_key_value_heads=num_kv_heads, head_dim=head_dim)
+    return LlamaForCausalLM(config)
 
 
 def _mistral_window() -> torch.nn.Module:
@@ -77,6 +78,7 @@ def _gpt_oss_sinks() -> torch.nn.Module:
 BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-gqa": lambda: _llama(2),
     "llama-mha": lambda: _llama(4),
+    "llama-head512": lambda: _llama(2, head_dim=512),
     "mistral-window": _mistral_window,
     "gemma2": _gemma2,
     "bloom-alibi": _bloom_alibi,

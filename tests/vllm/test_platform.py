@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import engine, scheduler, worker
+from engines import engine, generate, prompts_of, scheduler, worker
 from models import ModelStore
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
@@ -45,7 +45,10 @@ def test_selected(dtype: torch.dtype, head_size: int) -> None:
         ({"attn_type": AttentionType.ENCODER_ONLY}, "'encoder_only'"),
         ({"attn_type": AttentionType.ENCODER_DECODER}, "'encoder_decoder'"),
         ({"use_mla": True, "head_size": 576}, "MLA"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' with dtype bfloat16"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head"},
+            "kv_cache_dtype='int8_per_token_head' with dtype bfloat16",
+        ),
         ({"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16' with dtype bfloat16"),
         ({"head_size": 512}, "head size 512"),
         ({"head_size": 40}, "head size 40"),
@@ -70,6 +73,12 @@ def test_falls_back_with_one_log_line(
 
 def test_kv_cache_dtype_that_is_the_models() -> None:
     assert choose("BMC", kv_cache_dtype="bfloat16") == BMC_CLASS
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp8_kv_caches(kv_cache_dtype: str, dtype: torch.dtype) -> None:
+    assert choose("BMC", kv_cache_dtype=kv_cache_dtype, dtype=dtype) == BMC_CLASS
 
 
 def config_of(model: str, **settings: object):
@@ -122,10 +131,10 @@ def test_refused_at_start(model_dir: ModelStore, settings: dict, message: str) -
         config_of(model_dir("llama-gqa"), attention_backend="BMC", **settings)
 
 
-def test_quantised_kv_cache_falls_back(model_dir: ModelStore, vllm_log: list[str]) -> None:
+def test_a_head_size_of_512_falls_back(model_dir: ModelStore, vllm_log: list[str]) -> None:
     """The whole model runs on the stock backend, block by block, and says so."""
     bmc_platform._told.clear()
-    with engine(model_dir("llama-gqa"), "BMC", kv_cache_dtype="fp8", dtype="bfloat16") as llm:
+    with engine(model_dir("llama-head512"), "BMC") as llm:
         names = {
             layer.attn_backend.get_name()
             for layer in worker(llm).compilation_config.static_forward_context.values()
@@ -133,7 +142,8 @@ def test_quantised_kv_cache_falls_back(model_dir: ModelStore, vllm_log: list[str
         assert names == {"CPU_ATTN"}
         managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
         assert [type(m).__name__ for m in managers] == ["FullAttentionManager"]
-    assert sum("does not support kv_cache_dtype='fp8'" in line for line in vllm_log) == 1
+        assert len(generate(llm, prompts_of([20]), max_tokens=4)[0]) == 4
+    assert sum("does not support head size 512" in line for line in vllm_log) == 1
 
 
 def test_start_line(model_dir: ModelStore, vllm_log: list[str]) -> None:
