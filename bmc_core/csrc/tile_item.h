@@ -66,11 +66,17 @@ class TileItem : Item<E> {
     const int groups = rest >= kPanelColumns ? kGroups : (rest + kGroupRows - 1) / kGroupRows;
     const Wide* keys[kGroups];
     const Wide* values[kGroups];
+    const char* fetch_values[kGroups];
+    const char* fetch_keys[kGroups];
     for (int g = 0; g < groups; ++g) {
       const int row = kv + g * kGroupRows;
       const Storage* key = Base::key_tile(row);
-      const Storage* value =
-          Base::usable_values(key + Base::value_offset(), row, kGroupRows, edge_);
+      const Storage* value = key + Base::value_offset();
+      fetch_values[g] = reinterpret_cast<const char*>(value);
+      const int ahead = row + kPanelColumns;
+      fetch_keys[g] =
+          reinterpret_cast<const char*>(ahead < work_.kv_end ? Base::key_tile(ahead) : key);
+      value = Base::usable_values(value, row, kGroupRows, edge_);
       if constexpr (kUnpack) {
         const int count = kGroupRows * head_size_;
         Wide* unpacked = s_.unpacked + 2 * g * count;
@@ -90,7 +96,10 @@ class TileItem : Item<E> {
       const int seen = (visible + kGroupRows - 1) / kGroupRows;
       const int used = seen < groups ? seen : groups;
       const bool two = count > 16;
-      two ? score<true>(row, used, keys, values) : score<false>(row, used, keys, values);
+      // The first panel of rows streams K and V in; for the others both are in the cache.
+      const char* const* fetch_v = row == 0 ? fetch_values : nullptr;
+      const char* const* fetch_k = row == 0 ? fetch_keys : nullptr;
+      two ? score<true>(row, used, keys, fetch_v) : score<false>(row, used, keys, fetch_v);
       const int columns = used * kGroupRows;
       const bool masked = s_.limit[row] < kv + columns || s_.lower[row + count - 1] > kv;
       for (int m = 0; m < count; ++m) {
@@ -98,13 +107,15 @@ class TileItem : Item<E> {
                                                s_.probs + m * kPanelColumns, kv, columns, masked);
         if (correction != 1.f) rescale(row + m, correction);
       }
-      two ? weigh<true>(row, used, values) : weigh<false>(row, used, values);
+      two ? weigh<true>(row, used, values, fetch_k) : weigh<false>(row, used, values, fetch_k);
     }
   }
 
-  void fetch(const Wide* const* group, int d) const {
-    const char* from = reinterpret_cast<const char*>(*group) + d * kGroupRows * 2;
-    for (int i = 0; i < 32; ++i) __builtin_prefetch(from + 64 * i, 0, 2);
+  // The part of a group's K or V that belongs to dimensions [d, d + 32).
+  static void fetch(const char* group, int d) {
+    constexpr int kBytes = kGroupRows * sizeof(Storage);
+    for (int i = 0; i < kTileDim * kBytes; i += 64)
+      __builtin_prefetch(group + d * kBytes + i, 0, 2);
   }
 
   void rescale(int row, float correction) {
@@ -116,7 +127,7 @@ class TileItem : Item<E> {
 
   // scores[32][32 * groups] = query . K; kTwo: more than 16 rows, else the second half is left out.
   template <bool kTwo>
-  void score(int row, int groups, const Wide* const* keys, const Wide* const* fetch_v) {
+  void score(int row, int groups, const Wide* const* keys, const char* const* fetch_v) {
     const Arith* q = s_.query + row * head_size_;
     const int64_t query_stride = head_size_ * static_cast<int64_t>(sizeof(Arith));
     constexpr int64_t kScoreStride = kPanelColumns * sizeof(float);
@@ -131,7 +142,7 @@ class TileItem : Item<E> {
       }
       const Wide* key = keys[g];
       for (int d = 0; d < head_size_; d += kTileDim) {
-        if (row == 0) fetch(fetch_v + g, d);
+        if (fetch_v != nullptr) fetch(fetch_v[g], d);
         _tile_loadd(6, key + d * kTileRows, 64);
         _tile_loadd(7, key + second_tile + d * kTileRows, 64);
         _tile_loadd(4, q + d, query_stride);
@@ -156,7 +167,7 @@ class TileItem : Item<E> {
 
   // acc[32][D] += probs[32][32 * groups] . V
   template <bool kTwo>
-  void weigh(int row, int groups, const Wide* const* values) {
+  void weigh(int row, int groups, const Wide* const* values, const char* const* fetch_k) {
     float* acc = s_.acc + row * head_size_;
     const int64_t acc_stride = head_size_ * static_cast<int64_t>(sizeof(float));
     const int64_t value_stride = head_size_ * 2 * static_cast<int64_t>(sizeof(Wide));
@@ -171,6 +182,7 @@ class TileItem : Item<E> {
         _tile_loadd(3, out + 16 * head_size_ + 16, acc_stride);
       }
       for (int g = 0; g < groups; ++g) {
+        if (fetch_k != nullptr) fetch(fetch_k[g], d);
         const Arith* p = s_.probs + g * kGroupRows;
         _tile_loadd(6, values[g] + d * 2, value_stride);
         _tile_loadd(7, values[g] + d * 2 + 32, value_stride);
