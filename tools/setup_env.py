@@ -34,6 +34,7 @@ TESTED_PYTHON = (3, 11)
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 BUILD_TOOLS = ("setuptools", "packaging", "pybind11")
 DEVELOPER_TOOLS = ("pytest", "hypothesis", "ruff", "mypy", "clang-format", "pre-commit", "build")
+BENCHMARK_TOOLS = ("matplotlib", "rich", "safetensors", "typer")
 PACKAGE_SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in")
 NATIVE_SUFFIXES = {".cpp", ".cc", ".c", ".h", ".hpp", ".inc"}
 
@@ -279,7 +280,8 @@ def stages(env: Environment) -> list[Stage]:
         env.pip("--upgrade", *BUILD_TOOLS, what="installing build tools")
 
     def tools() -> None:
-        env.pip(pinned("torch"), *DEVELOPER_TOOLS, what="installing developer tools")
+        names = (*DEVELOPER_TOOLS, *BENCHMARK_TOOLS)
+        env.pip(pinned("torch"), *names, what="installing developer tools")
 
     def kernels() -> None:
         # Without isolation the build uses the pinned pybind11 and setuptools from above.

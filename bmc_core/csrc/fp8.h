@@ -11,12 +11,14 @@ namespace {
 
 struct E4M3 {  // e4m3fn: no infinity, one NaN code
   static constexpr int kMantissaBits = 3, kBias = 7;
+  static constexpr int kNonFinite = 1;  // codes from 0x80 - kNonFinite on
   static constexpr bool is_nan(int code) { return code == 0x7f; }
   static constexpr bool is_infinite(int) { return false; }
 };
 
 struct E5M2 {
   static constexpr int kMantissaBits = 2, kBias = 15;
+  static constexpr int kNonFinite = 4;
   static constexpr bool is_nan(int code) { return code > 0x7c; }
   static constexpr bool is_infinite(int code) { return code == 0x7c; }
 };
@@ -51,6 +53,23 @@ struct DecodeTable {
 
 template <class Format>
 constexpr DecodeTable<Format> kDecode{};
+
+// bfloat16 bits of the codes that are not normal numbers: the non-finite ones, which come last,
+// then zero and the subnormal ones, which come first. Entry (code + kNonFinite) % 128.
+template <class Format>
+struct SpecialTable {
+  static constexpr int kCount = Format::kNonFinite + (1 << Format::kMantissaBits);
+  alignas(64) uint16_t bits[32];
+
+  constexpr SpecialTable() : bits() {
+    for (int i = 0; i < kCount; ++i) {
+      bits[i] = DecodeTable<Format>::decode((i - Format::kNonFinite) & 0x7f);
+    }
+  }
+};
+
+template <class Format>
+constexpr SpecialTable<Format> kSpecial{};
 
 }  // namespace
 }  // namespace bmc::BMC_ISA_NAMESPACE

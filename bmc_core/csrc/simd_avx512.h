@@ -76,18 +76,23 @@ inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) 
       _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// 32 fp8 codes as bfloat16, in order.
+// 32 fp8 codes as bfloat16, in order. A normal code is shifted and its exponent moved; the few
+// others (NaN, infinity, zero, subnormals) are neighbours modulo 128 and come from a table.
 template <class Format>
 inline __m512i fp8_to_bfloat(const uint8_t* p) {
-  const uint16_t* table = kDecode<Format>.bits;
   const __m512i code = _mm512_cvtepu8_epi16(load_i256(p));
-  const __m512i low =
-      _mm512_permutex2var_epi16(_mm512_load_si512(table), code, _mm512_load_si512(table + 32));
-  const __m512i high =
-      _mm512_permutex2var_epi16(_mm512_load_si512(table + 64), code, _mm512_load_si512(table + 96));
-  const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
-  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8);
-  return _mm512_or_si512(sign, _mm512_mask_mov_epi16(low, upper, high));
+  const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 7 - Format::kMantissaBits),
+                                          _mm512_set1_epi16((127 - Format::kBias) << 7));
+  const __m512i place = _mm512_and_si512(
+      _mm512_add_epi16(code, _mm512_set1_epi16(Format::kNonFinite)), _mm512_set1_epi16(0x7f));
+  const __mmask32 special =
+      _mm512_cmplt_epu16_mask(place, _mm512_set1_epi16(kSpecial<Format>.kCount));
+  const __m512i value = _mm512_mask_permutexvar_epi16(normal, special, place,
+                                                      _mm512_load_si512(kSpecial<Format>.bits));
+  // value | (sign bit of the code in the top bit)
+  return _mm512_ternarylogic_epi32(value, _mm512_slli_epi16(code, 8),
+                                   _mm512_set1_epi16(static_cast<int16_t>(0x8000)), 0xf8);
 }
 template <class Format>
 inline void unpack_fp8(const uint8_t* from, uint16_t* to) {

@@ -28,7 +28,7 @@ inline void score_block(const typename E::Arith* query, int head_size,
     for (int n = 0; n < NT; ++n) {
       b[n] = E::right(tiles[n] + k * kStride);
       if constexpr (kFetch) {
-        __builtin_prefetch(fetch_v[n] + k * kBytes, 0, 3);
+        __builtin_prefetch(fetch_v[n] + k * kBytes, 0, 2);
         __builtin_prefetch(fetch_k[n] + k * kBytes, 0, 2);
       }
     }

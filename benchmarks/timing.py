@@ -1,0 +1,136 @@
+"""Timing several calls against each other: alternately, in one process, medians.
+
+Promises that whatever drifts (clock, neighbours on the machine) meets every trial alike: trials
+take turns call by call, and every round starts with another one. Knows nothing of what is called.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+# OpenMP threads spin for a while after a call; another process must not be timed meanwhile.
+SETTLE_SECONDS = 0.02
+
+
+class Timing(NamedTuple):
+    """Milliseconds per call.
+
+    Attributes:
+        ms: median.
+        low, high: quartiles.
+        best: smallest; where others use the machine, what it would be without them.
+        calls: how many were timed.
+    """
+
+    ms: float
+    low: float
+    high: float
+    best: float
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median."""
+        return (self.high - self.low) / self.ms
+
+
+class Timed(ABC):
+    """Something that can be called with the number of a rotating set.
+
+    Attributes:
+        threads: OpenMP threads that it wants.
+        process: "" in this process; otherwise a name for the process that does the work.
+    """
+
+    threads: int
+    process: str = ""
+
+    @abstractmethod
+    def call(self, index: int) -> None:
+        """Does the work once on set `index` (taken modulo the number of sets)."""
+
+    def measure(self, index: int) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        self.call(index)
+        return time.perf_counter() - start
+
+    @abstractmethod
+    def enter(self) -> None:
+        """Called before a turn that follows one of another process or thread count."""
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and quartiles of the calls.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not seconds:
+        raise ValueError("seconds is empty; allowed: at least one timed call")
+    ms = [value * 1e3 for value in seconds]
+    if len(ms) < 2:
+        return Timing(ms[0], ms[0], ms[0], ms[0], 1)
+    low, median, high = statistics.quantiles(ms, n=4, method="inclusive")
+    return Timing(median, low, high, min(ms), len(ms))
+
+
+def alternate(
+    trials: Sequence[Timed],
+    budget: float,
+    *,
+    min_rounds: int = 5,
+    max_rounds: int = 2000,
+    tick: Callable[[float], None] = lambda fraction: None,
+) -> list[Timing]:
+    """Times the trials in turns.
+
+    Args:
+        trials: each is called once per round, on the next of its sets.
+        budget: seconds for all of them together; a round that has begun is finished.
+        min_rounds: rounds done whatever the budget.
+        max_rounds: where to stop although there is budget left.
+        tick: told the fraction of the work done, after every round.
+
+    Returns:
+        One `Timing` per trial.
+    """
+    samples: list[list[float]] = [[] for _ in trials]
+    order = list(range(len(trials)))
+    inside: tuple[str, int] | None = None
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        rounds = 0
+        while rounds < max_rounds:
+            elapsed = time.perf_counter() - start
+            if rounds >= min_rounds and elapsed >= budget:
+                break
+            for place in order:
+                trial = trials[place]
+                index = rounds
+                where = (trial.process, trial.threads)
+                if where != inside:
+                    if inside is not None and inside[0] != trial.process:
+                        time.sleep(SETTLE_SECONDS)
+                    trial.enter()
+                    # Threads that slept or do not exist yet: the first call is not the rule.
+                    # It takes the set used last, so that no set is cached when its turn comes.
+                    trial.call(index - 1)
+                    inside = where
+                samples[place].append(trial.measure(index))
+            order = order[1:] + order[:1]
+            rounds += 1
+            elapsed = time.perf_counter() - start
+            tick(min(1.0, max(elapsed / budget if budget > 0 else 1.0, 0.0)))
+    finally:
+        if collecting:
+            gc.enable()
+    return [summary(values) for values in samples]
