@@ -7,12 +7,12 @@
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
-// scores[MR][NT tiles of 16] = query[MR][D] . K; tiles[n]: [D/P][16][P]. While the first row block
-// passes, the same bytes of V and of the next step's K are fetched.
+// scores[MR][NT tiles of 16] = query[MR][D] . K; tiles[n]: [D/P][16][P]. With kFetch, as many bytes
+// are fetched from fetch[n] on as are read from tiles[n].
 template <class E, int MR, int NT, bool kFetch>
 inline void score_block(const typename E::Arith* query, int head_size,
                         const typename E::Storage* const* tiles, float* scores,
-                        const char* const* fetch_v, const char* const* fetch_k) {
+                        const char* const* fetch) {
   constexpr int kStride = kTileRows * E::kPack;
   constexpr int kBytes = kStride * sizeof(typename E::Storage);
   F32x16 acc[MR][NT];
@@ -27,10 +27,7 @@ inline void score_block(const typename E::Arith* query, int head_size,
 #pragma GCC unroll 8
     for (int n = 0; n < NT; ++n) {
       b[n] = E::right(tiles[n] + k * kStride);
-      if constexpr (kFetch) {
-        __builtin_prefetch(fetch_v[n] + k * kBytes, 0, 2);
-        __builtin_prefetch(fetch_k[n] + k * kBytes, 0, 2);
-      }
+      if constexpr (kFetch) __builtin_prefetch(fetch[n] + k * kBytes, 0, 2);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -46,12 +43,12 @@ inline void score_block(const typename E::Arith* query, int head_size,
   }
 }
 
-// acc[MR][16 * NV dimensions] = acc * correction + probs[MR][16 * tiles] . V; tiles[t]:
-// [16/P][D][P].
-template <class E, int MR, int NV>
+// acc[MR][16 * NV dimensions] = acc * correction + probs[MR][16 * tiles] . V, where tiles[t] is
+// [16/P][D][P]. With kFetch, as many bytes are fetched from fetch[t] on as are read from tiles[t].
+template <class E, int MR, int NV, bool kFetch>
 inline void value_block(const typename E::Arith* probs, const typename E::Storage* const* tiles,
                         int num_tiles, int dim, int head_size, const float* correction,
-                        float* acc) {
+                        float* acc, const char* const* fetch) {
   F32x16 sum[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -65,7 +62,12 @@ inline void value_block(const typename E::Arith* probs, const typename E::Storag
     for (int k = 0; k < kTileRows / E::kPack; ++k) {
       typename E::Right b[NV];
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) b[n] = E::right(v + n * 16 * E::kPack);
+      for (int n = 0; n < NV; ++n) {
+        b[n] = E::right(v + n * 16 * E::kPack);
+        if constexpr (kFetch) {
+          __builtin_prefetch(fetch[t] + (v + n * 16 * E::kPack - tiles[t]) * sizeof(*v), 0, 2);
+        }
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const typename E::Left a = E::left(p + m * kPanelColumns);
@@ -127,7 +129,7 @@ class VectorItem : Item<E> {
     const typename W::Storage* values[kStepTiles];
     int count;
   };
-  // Addresses fetched while the scores are computed.
+  // Fetched while the scores are computed and while the values are weighed: memory never idles.
   struct Fetch {
     const char* values[kStepTiles];
     const char* next_keys[kStepTiles];
@@ -190,7 +192,7 @@ class VectorItem : Item<E> {
                           used * kTileRows, masked);
       }
       dispatch<kRowBlock>(count,
-                          [&](auto mr) { weigh<W, decltype(mr)::value>(row, used, tiles.values); });
+                          [&](auto mr) { weigh<W, decltype(mr)::value>(row, used, tiles.values, row == 0 ? fetch : nullptr); });
     }
   }
 
@@ -201,28 +203,37 @@ class VectorItem : Item<E> {
     for (; t + kScoreTiles <= tiles; t += kScoreTiles) {
       float* scores = s_.scores + t * kTileRows;
       if (fetch != nullptr) {
-        score_block<W, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, fetch->values + t,
-                                              fetch->next_keys + t);
+        score_block<W, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, fetch->values + t);
       } else {
-        score_block<W, MR, kScoreTiles, false>(q, head_size_, keys + t, scores, nullptr, nullptr);
+        score_block<W, MR, kScoreTiles, false>(q, head_size_, keys + t, scores, nullptr);
       }
     }
     for (; t < tiles; ++t) {
-      score_block<W, MR, 1, false>(q, head_size_, keys + t, s_.scores + t * kTileRows, nullptr,
-                                   nullptr);
+      score_block<W, MR, 1, false>(q, head_size_, keys + t, s_.scores + t * kTileRows, nullptr);
     }
   }
 
   template <class W, int MR>
-  void weigh(int row, int tiles, const typename W::Storage* const* values) {
+  void weigh(int row, int tiles, const typename W::Storage* const* values, const Fetch* fetch) {
+    if (fetch != nullptr) {
+      weigh_dims<W, MR, true>(row, tiles, values, fetch->next_keys);
+    } else {
+      weigh_dims<W, MR, false>(row, tiles, values, nullptr);
+    }
+  }
+
+  template <class W, int MR, bool kFetch>
+  void weigh_dims(int row, int tiles, const typename W::Storage* const* values,
+                  const char* const* fetch) {
     float* acc = s_.acc + row * head_size_;
     int dim = 0;
     for (; dim + 16 * kValueVectors <= head_size_; dim += 16 * kValueVectors) {
-      value_block<W, MR, kValueVectors>(s_.probs, values, tiles, dim, head_size_, s_.correction,
-                                        acc);
+      value_block<W, MR, kValueVectors, kFetch>(s_.probs, values, tiles, dim, head_size_,
+                                                s_.correction, acc, fetch);
     }
     for (; dim < head_size_; dim += 16) {
-      value_block<W, MR, 1>(s_.probs, values, tiles, dim, head_size_, s_.correction, acc);
+      value_block<W, MR, 1, kFetch>(s_.probs, values, tiles, dim, head_size_, s_.correction, acc,
+                                    fetch);
     }
   }
 
