@@ -7,14 +7,34 @@
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
+// Cache lines of some tiles, fetched one by one in the order of their addresses: the hardware's own
+// prefetcher follows that, and does not follow the products, which read several tiles at once.
+class Lines {
+ public:
+  Lines(const char* const* tiles, int count, int tile_bytes)
+      : tile_(tiles), last_(tiles + count), bytes_(tile_bytes) {}
+  void fetch() {
+    if (tile_ == last_) return;
+    __builtin_prefetch(*tile_ + at_, 0, 2);
+    at_ += 64;
+    if (at_ < bytes_) return;
+    at_ = 0;
+    ++tile_;
+  }
+
+ private:
+  const char* const* tile_;
+  const char* const* last_;
+  int bytes_, at_ = 0;
+};
+
 // scores[MR][NT tiles of 16] = query[MR][D] . K; tiles[n]: [D/P][16][P]. With kFetch, as many bytes
-// are fetched from fetch[n] on as are read from tiles[n].
+// of lines are fetched as are read.
 template <class E, int MR, int NT, bool kFetch>
 inline void score_block(const typename E::Arith* query, int head_size,
-                        const typename E::Storage* const* tiles, float* scores,
-                        const char* const* fetch) {
+                        const typename E::Storage* const* tiles, float* scores, Lines* lines) {
   constexpr int kStride = kTileRows * E::kPack;
-  constexpr int kBytes = kStride * sizeof(typename E::Storage);
+  constexpr int kFetched = (NT * kStride * sizeof(typename E::Storage) + 63) / 64;
   F32x16 acc[MR][NT];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -27,7 +47,10 @@ inline void score_block(const typename E::Arith* query, int head_size,
 #pragma GCC unroll 8
     for (int n = 0; n < NT; ++n) {
       b[n] = E::right(tiles[n] + k * kStride);
-      if constexpr (kFetch) __builtin_prefetch(fetch[n] + k * kBytes, 0, 2);
+    }
+    if constexpr (kFetch) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kFetched; ++n) lines->fetch();
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -44,11 +67,12 @@ inline void score_block(const typename E::Arith* query, int head_size,
 }
 
 // acc[MR][16 * NV dimensions] = acc * correction + probs[MR][16 * tiles] . V, where tiles[t] is
-// [16/P][D][P]. With kFetch, as many bytes are fetched from fetch[t] on as are read from tiles[t].
+// [16/P][D][P]. With kFetch, as many bytes of lines are fetched as are read.
 template <class E, int MR, int NV, bool kFetch>
 inline void value_block(const typename E::Arith* probs, const typename E::Storage* const* tiles,
-                        int num_tiles, int dim, int head_size, const float* correction,
-                        float* acc, const char* const* fetch) {
+                        int num_tiles, int dim, int head_size, const float* correction, float* acc,
+                        Lines* lines) {
+  constexpr int kFetched = (NV * 16 * E::kPack * sizeof(typename E::Storage) + 63) / 64;
   F32x16 sum[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -62,11 +86,10 @@ inline void value_block(const typename E::Arith* probs, const typename E::Storag
     for (int k = 0; k < kTileRows / E::kPack; ++k) {
       typename E::Right b[NV];
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) {
-        b[n] = E::right(v + n * 16 * E::kPack);
-        if constexpr (kFetch) {
-          __builtin_prefetch(fetch[t] + (v + n * 16 * E::kPack - tiles[t]) * sizeof(*v), 0, 2);
-        }
+      for (int n = 0; n < NV; ++n) b[n] = E::right(v + n * 16 * E::kPack);
+      if constexpr (kFetch) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kFetched; ++n) lines->fetch();
       }
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
@@ -191,19 +214,21 @@ class VectorItem : Item<E> {
             Base::softmax(row + m, s_.scores + m * kPanelColumns, s_.probs + m * kPanelColumns, kv,
                           used * kTileRows, masked);
       }
-      dispatch<kRowBlock>(count,
-                          [&](auto mr) { weigh<W, decltype(mr)::value>(row, used, tiles.values, row == 0 ? fetch : nullptr); });
+      dispatch<kRowBlock>(count, [&](auto mr) {
+        weigh<W, decltype(mr)::value>(row, used, tiles.values, row == 0 ? fetch : nullptr);
+      });
     }
   }
 
   template <class W, int MR>
   void score(int row, int tiles, const typename W::Storage* const* keys, const Fetch* fetch) {
     const Arith* q = s_.query + row * head_size_;
+    Lines lines(fetch != nullptr ? fetch->values : nullptr, tiles, tile_bytes());
     int t = 0;
     for (; t + kScoreTiles <= tiles; t += kScoreTiles) {
       float* scores = s_.scores + t * kTileRows;
       if (fetch != nullptr) {
-        score_block<W, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, fetch->values + t);
+        score_block<W, MR, kScoreTiles, true>(q, head_size_, keys + t, scores, &lines);
       } else {
         score_block<W, MR, kScoreTiles, false>(q, head_size_, keys + t, scores, nullptr);
       }
@@ -216,26 +241,28 @@ class VectorItem : Item<E> {
   template <class W, int MR>
   void weigh(int row, int tiles, const typename W::Storage* const* values, const Fetch* fetch) {
     if (fetch != nullptr) {
-      weigh_dims<W, MR, true>(row, tiles, values, fetch->next_keys);
+      Lines lines(fetch->next_keys, tiles, tile_bytes());
+      weigh_dims<W, MR, true>(row, tiles, values, &lines);
     } else {
       weigh_dims<W, MR, false>(row, tiles, values, nullptr);
     }
   }
 
   template <class W, int MR, bool kFetch>
-  void weigh_dims(int row, int tiles, const typename W::Storage* const* values,
-                  const char* const* fetch) {
+  void weigh_dims(int row, int tiles, const typename W::Storage* const* values, Lines* lines) {
     float* acc = s_.acc + row * head_size_;
     int dim = 0;
     for (; dim + 16 * kValueVectors <= head_size_; dim += 16 * kValueVectors) {
       value_block<W, MR, kValueVectors, kFetch>(s_.probs, values, tiles, dim, head_size_,
-                                                s_.correction, acc, fetch);
+                                                s_.correction, acc, lines);
     }
     for (; dim < head_size_; dim += 16) {
       value_block<W, MR, 1, kFetch>(s_.probs, values, tiles, dim, head_size_, s_.correction, acc,
-                                    fetch);
+                                    lines);
     }
   }
+
+  int tile_bytes() const { return kTileRows * head_size_ * static_cast<int>(sizeof(Storage)); }
 
   Storage* edge_ = nullptr;
 };
