@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import TOLERANCE, Case, Goal, batches
+from benchmarks.cases import Case, Goal, batches
 from benchmarks.children import ChildError
 from benchmarks.inputs import Inputs
 from benchmarks.machine import (
@@ -322,11 +322,12 @@ class _Session:
         error: float,
         ratios: dict[str, float],
     ) -> None:
-        ok = error <= TOLERANCE[case.dtype]
+        allowed = case.tolerance(peer=system.name != BMC.name)
+        ok = error <= allowed
         if not ok:
             self.failures.append(
                 f"{case.name}: {system.title} is wrong: relative error {error:.2e}; allowed: "
-                f"{TOLERANCE[case.dtype]:.0e} for {case.dtype}"
+                f"{allowed:.0e} for {case.dtype}"
             )
         self.rows.append(
             Row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import FP8_CACHES, Case
 from benchmarks.inputs import Inputs, layout
 from benchmarks.systems.base import Arena, System, Trial, Unusable, rows_to_load
 from bmc_core import native
@@ -47,7 +47,9 @@ class _BMCTrial(Trial):
         self.block_size = case.block_size or BLOCK_SIZE
         self.layout = layout(case, self.block_size, inputs.seed)
         shape = (self.layout.num_blocks, case.kv_heads, self.block_size, 2 * case.head_size)
-        self.caches = arena.sets(shape, inputs.query.dtype, case.set_bytes)
+        fp8 = FP8_CACHES.get(case.cache)
+        dtype = getattr(torch, fp8) if fp8 else inputs.query.dtype
+        self.caches = arena.sets(shape, dtype, case.set_bytes)
         self.sets = len(self.caches)
         self.out = torch.empty_like(inputs.query)
         self.new_slots = self.layout.slots[inputs.last_rows]
@@ -64,7 +66,7 @@ class _BMCTrial(Trial):
         )
 
     def load(self) -> None:
-        self.caches[0].zero_()  # as an engine's pool begins
+        self.caches[0].view(torch.uint8).zero_()  # as an engine's pool begins
         write_kv(*rows_to_load(self.inputs), self.caches[0], self.layout.slots)
 
     def spread(self) -> None:

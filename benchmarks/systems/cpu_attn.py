@@ -102,6 +102,8 @@ class CPUAttn(System):
         self.arena.release()
 
     def refusal(self, case: Case) -> str | None:
+        if case.cache and self.isa == "avx2":
+            return "has fp8 caches only with AVX-512"
         return None
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Trial:
@@ -117,7 +119,9 @@ class _CPUAttnTrial(Trial):
         # vLLM's cache is [blocks, KV heads, block, 2 * head size]; the operators see K and V as
         # the two halves of [blocks, KV heads, 2 * block, head size].
         shape = (self.layout.num_blocks, case.kv_heads, 2 * block_size, case.head_size)
-        caches = arena.sets(shape, inputs.query.dtype, case.set_bytes)
+        self.cache_dtype = case.cache or "auto"
+        dtype = torch.uint8 if case.cache else inputs.query.dtype
+        caches = arena.sets(shape, dtype, case.set_bytes)
         self.caches = [cache.chunk(2, dim=2) for cache in caches]
         self.whole = caches
         self.sets = len(caches)
@@ -152,12 +156,12 @@ class _CPUAttnTrial(Trial):
             self.kernel,
             self.split,
             None,
-            "auto",
+            self.cache_dtype,
         )
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, number: int, slots) -> None:
         torch.ops._C.cpu_attn_reshape_and_cache(
-            key, value, *self.caches[number], slots, self.kernel, 1.0, 1.0, "auto"
+            key, value, *self.caches[number], slots, self.kernel, 1.0, 1.0, self.cache_dtype
         )
 
     def load(self) -> None:
@@ -190,7 +194,7 @@ class _CPUAttnTrial(Trial):
             None,
             1.0,
             1.0,
-            "auto",
+            self.cache_dtype,
         )
 
     def write(self, number: int) -> None:

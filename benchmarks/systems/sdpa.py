@@ -30,6 +30,8 @@ class Sdpa(System):
     def refusal(self, case: Case) -> str | None:
         if case.run_rows or case.table_factor > 1 or case.block_size:
             return "has no blocks"
+        if case.cache:
+            return "has no quantised cache"
         return None
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Trial:

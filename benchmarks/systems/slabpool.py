@@ -48,7 +48,7 @@ class SlabPool(System):
         self.isa = f"pace-vllm {self.version}, torch {answer['torch']}"
 
     def refusal(self, case: Case) -> str | None:
-        if case.dtype != "bfloat16":
+        if case.dtype != "bfloat16" or case.cache:
             return "takes bfloat16 only"
         if case.run_rows or case.table_factor > 1 or case.block_size or case.threads:
             return "chooses its own blocks"

@@ -31,6 +31,16 @@ def test_goals_refer_to_cases_that_exist() -> None:
             assert goal.metric != "cost" or goal.against in names
 
 
+def test_fp8_inputs_are_exact_and_only_peers_may_be_coarse() -> None:
+    case = replace(tiny_case(), name="tiny fp8", cache="fp8_e4m3")
+    inputs = Inputs(case)
+    for rows in (inputs.key, inputs.value):
+        assert torch.equal(rows.to(torch.float8_e4m3fn).to(rows.dtype), rows)
+    assert case.row_bytes == case.kv_heads * case.head_size * 2
+    assert case.tolerance(peer=False) == cases.TOLERANCE[case.dtype] < case.tolerance(peer=True)
+    assert tiny_case().tolerance(peer=True) == cases.TOLERANCE[tiny_case().dtype]
+
+
 def test_bytes_and_operations() -> None:
     case = cases.PREFILL
     assert case.kv_bytes == 2048 * 8 * 128 * 2 * 2
