@@ -121,14 +121,25 @@ def test_up_to_max_model_len(model_dir: ModelStore) -> None:
         assert generate(llm, prompts, max_tokens=405) == expected
 
 
-def test_compiled(model_dir: ModelStore) -> None:
+@pytest.mark.parametrize(
+    "compilation_config",
+    [
+        # Dynamo traces, nothing is lowered: the graph around our ops.
+        {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"},
+        # What `vllm serve` does by default.
+        {},
+    ],
+    ids=["traced", "inductor"],
+)
+def test_compiled(model_dir: ModelStore, compilation_config: dict) -> None:
     expected = stock_tokens(model_dir, "llama-gqa", "mixed")
     with engine(
         model_dir("llama-gqa"),
         "BMC",
         enforce_eager=False,
-        # Dynamo traces, nothing is lowered: the graph around our ops is what is tested here.
-        compilation_config={"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"},
+        compilation_config=compilation_config,
         additional_config=BMC,
     ) as llm:
+        config = llm.llm_engine.vllm_config.compilation_config
+        assert config.backend == compilation_config.get("backend", "inductor")
         assert generate(llm, MIXED) == expected
