@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "fp8.h"
 #include "scalar_float.h"
 
 namespace bmc::BMC_ISA_NAMESPACE {
@@ -168,21 +167,6 @@ inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) 
   }
 }
 
-// 32 fp8 codes as bfloat16, in order.
-template <class Format>
-inline void unpack_fp8(const uint8_t* from, uint16_t* to) {
-  for (int i = 0; i < 32; ++i) {
-    to[i] = static_cast<uint16_t>(kDecode<Format>.bits[from[i] & 0x7f] | (from[i] & 0x80) << 8);
-  }
-}
-// Sixteen fp8 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
-template <class Format>
-inline void load_fp8_pairs(const uint8_t* p, F32x16* first, F32x16* second) {
-  uint16_t pairs[32];
-  unpack_fp8<Format>(p, pairs);
-  load_bfloat_pairs(pairs, first, second);
-}
-
 #undef BMC_EACH4
 
 // Register blocking: query rows x vectors of one product.
@@ -192,3 +176,5 @@ constexpr int kValueVectors = 2;
 
 }  // namespace
 }  // namespace bmc::BMC_ISA_NAMESPACE
+
+#include "fp8_table.h"
