@@ -15,6 +15,7 @@ class Plan:
         window: int,
         causal: bool,
         num_threads: int,
+        first_rows: int,
         /,
     ) -> None: ...
     @property

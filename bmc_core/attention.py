@@ -190,6 +190,8 @@ class AttentionBatch:
         block_size: rows of one block.
         causal: the last query row of a sequence sees all its rows, the one before one less, ...;
             False: every query row sees all rows.
+        first_rows: int32 `[sequences]`, rows before it are seen by no query of that sequence (left
+            padding); None: all rows count.
 
     Raises:
         TypeError, ValueError: a dtype, shape or length is not allowed (lengths and block ids are
@@ -204,6 +206,7 @@ class AttentionBatch:
         block_size: int,
         *,
         causal: bool = True,
+        first_rows: torch.Tensor | None = None,
     ) -> None:
         _check_cpu_tensor("query_start_loc", query_start_loc, torch.int32, 1)
         _check_cpu_tensor("seq_lens", seq_lens, torch.int32, 1)
@@ -225,6 +228,16 @@ class AttentionBatch:
             raise ValueError(
                 f"block_table has strides {block_table.stride()}; allowed: contiguous rows"
             )
+        if first_rows is not None:
+            _check_cpu_tensor("first_rows", first_rows, torch.int32, 1)
+            _require(
+                first_rows.shape[0] == sequences,
+                "first_rows' length",
+                first_rows.shape[0],
+                f"{sequences} (one per sequence)",
+            )
+            first_rows = first_rows.contiguous()
+        self.first_rows = first_rows
         self.query_start_loc = query_start_loc.contiguous()
         self.seq_lens = seq_lens.contiguous()
         self.block_table = block_table
@@ -250,6 +263,7 @@ class AttentionBatch:
                 window,
                 self.causal,
                 0,
+                0 if self.first_rows is None else self.first_rows.data_ptr(),
             )
             self._plans[key] = plan
         return plan

@@ -33,7 +33,7 @@ struct WorkItem {
   int32_t kv_head;
   int32_t query_begin;  // first query position, counted within this step's query of the sequence
   int32_t query_count;
-  int32_t kv_begin;  // a multiple of kTileRows, or the first row inside the window
+  int32_t kv_begin;  // a multiple of kTileRows, or the first row that a query sees
   int32_t kv_end;
   int32_t split_group;  // -1: the only item of its rows; else index into Plan's split groups
   int32_t split_index;  // position among the items of the group
@@ -52,6 +52,7 @@ struct PlanView {
   SplitGroup* split_groups;
   const int32_t* query_start;  // [num_seqs + 1]
   const int32_t* seq_lens;     // [num_seqs]
+  const int32_t* first_rows;   // [num_seqs] rows before it are seen by no query
   const int32_t* blocks;       // block ids of all sequences, row after row
   const int64_t* block_start;  // [num_seqs] index of each sequence's first block id
   int32_t block_size;

@@ -97,6 +97,7 @@ class Item {
 
   void begin() {
     const Value* query = static_cast<const Value*>(args_.query);
+    const int first = args_.plan.first_rows[work_.seq];
     const bool takes_sink = args_.sinks != nullptr && work_.split_index == 0;
     for (int row = 0; row < rows_; ++row) {
       const Value* q =
@@ -107,7 +108,8 @@ class Item {
       const int pos = position(row);
       s_.limit[row] = args_.plan.causal ? pos + 1 : seq_len_;
       const int window = args_.plan.window;
-      s_.lower[row] = window > 0 && pos + 1 > window ? pos + 1 - window : 0;
+      const int in_window = window > 0 ? pos + 1 - window : 0;
+      s_.lower[row] = in_window > first ? in_window : first;
       s_.slope[row] = args_.alibi_slopes ? args_.alibi_slopes[query_head(row)] * kLog2e : 0.f;
       s_.running_max[row] = takes_sink ? args_.sinks[query_head(row)] * kLog2e : kNegativeInfinity;
       s_.running_sum[row] = takes_sink ? 1.f : 0.f;

@@ -51,6 +51,10 @@ Plan::Plan(const PlanInput& input)
 void Plan::copy_sequences(const PlanInput& input) {
   query_start_.assign(input.query_start, input.query_start + input.num_seqs + 1);
   seq_lens_.assign(input.seq_lens, input.seq_lens + input.num_seqs);
+  first_rows_.assign(input.num_seqs, 0);
+  if (input.first_rows != nullptr) {
+    first_rows_.assign(input.first_rows, input.first_rows + input.num_seqs);
+  }
   if (query_start_[0] != 0) {
     throw std::invalid_argument("query_start_loc[0] is " + str(query_start_[0]) + "; allowed: 0");
   }
@@ -69,6 +73,11 @@ void Plan::copy_sequences(const PlanInput& input) {
       throw std::invalid_argument("sequence " + str(seq) + " has " + str(query_len) +
                                   " query rows but only " + str(seq_len) +
                                   " KV rows; causal attention needs a KV row for each");
+    }
+    if (first_rows_[seq] < 0 || first_rows_[seq] > seq_len) {
+      throw std::invalid_argument("first_rows[" + str(seq) + "] is " + str(first_rows_[seq]) +
+                                  "; allowed: 0 to " + str(seq_len) + " (seq_lens[" + str(seq) +
+                                  "])");
     }
     block_start_.push_back(static_cast<int64_t>(blocks_.size()));
     if (query_len == 0) continue;
@@ -97,7 +106,8 @@ void Plan::make_items(int32_t wanted_threads) {
     for (int32_t begin = 0; begin < query_len; begin += positions) {
       const int32_t count = std::min(positions, query_len - begin);
       const int32_t end = causal_ ? context + begin + count : seq_lens_[seq];
-      const int32_t first_seen = window_ > 0 ? std::max(0, context + begin + 1 - window_) : 0;
+      const int32_t in_window = window_ > 0 ? context + begin + 1 - window_ : 0;
+      const int32_t first_seen = std::min(end, std::max(first_rows_[seq], in_window));
       const int64_t per_row = kStreamRows + static_cast<int64_t>(count) * group_size_;
       const int64_t cost = per_row * (end - first_seen);
       max_rows_ = std::max(max_rows_, count * group_size_);
@@ -147,6 +157,7 @@ PlanView Plan::view() {
           split_groups_.data(),
           query_start_.data(),
           seq_lens_.data(),
+          first_rows_.data(),
           blocks_.data(),
           block_start_.data(),
           block_size_,

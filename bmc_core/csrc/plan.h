@@ -13,6 +13,7 @@ namespace bmc {
 struct PlanInput {
   const int32_t* query_start;  // [num_seqs + 1]
   const int32_t* seq_lens;     // [num_seqs]
+  const int32_t* first_rows;   // [num_seqs] rows before it are padding; null: none
   const int32_t* block_table;  // [num_seqs][table_width], rows table_stride apart
   int64_t num_seqs;
   int64_t table_width;
@@ -45,7 +46,7 @@ class Plan {
   void copy_sequences(const PlanInput& input);
   void make_items(int32_t wanted_threads);
 
-  std::vector<int32_t> query_start_, seq_lens_, blocks_;
+  std::vector<int32_t> query_start_, seq_lens_, first_rows_, blocks_;
   std::vector<int64_t> block_start_;
   std::vector<WorkItem> items_;
   std::vector<SplitGroup> split_groups_;

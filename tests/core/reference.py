@@ -36,6 +36,7 @@ class Case:
     cache_dtype: torch.dtype | None = None  # float8; None: the queries' dtype
     key_scale: float = 1.0
     value_scale: float = 1.0
+    first_rows: list[int] | None = None  # left padding
 
 
 class Inputs:
@@ -90,6 +91,9 @@ class Inputs:
             self.block_table,
             self.case.block_size,
             causal=self.case.causal,
+            first_rows=None
+            if self.case.first_rows is None
+            else torch.tensor(self.case.first_rows, dtype=torch.int32),
         )
 
     def run(self, batch: AttentionBatch | None = None) -> torch.Tensor:
@@ -137,6 +141,8 @@ class Inputs:
                 seen &= key_pos <= query_pos
             if case.sliding_window is not None:
                 seen &= key_pos > query_pos - case.sliding_window
+            if case.first_rows is not None:
+                seen &= key_pos >= case.first_rows[seq]
             logits = logits.masked_fill(~seen, float("-inf"))
             if self.sinks is not None:
                 sink = self.sinks[:, None, None].expand(-1, query.shape[0], 1)

@@ -34,6 +34,7 @@ def cases(draw) -> Case:
         seq_lens.append(seq_len)
         query_lens.append(min(query_len, seq_len))
     causal = draw(st.booleans())
+    first_rows = draw(st.none() | st.tuples(*(st.integers(0, n) for n in seq_lens)).map(list))
     cache_dtype = draw(st.sampled_from([None, None, None, *FP8_DTYPES]))
     scales = st.just(1.0) if cache_dtype is None else st.sampled_from([0.02, 1.0, 3.5])
     poison = draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0]))
@@ -57,6 +58,7 @@ def cases(draw) -> Case:
         cache_dtype=cache_dtype,
         key_scale=draw(scales),
         value_scale=draw(scales),
+        first_rows=first_rows,
     )
 
 
@@ -102,6 +104,29 @@ def test_mixed_batch(isa: str, dtype: torch.dtype, cache_dtype: torch.dtype | No
             value_scale=scale,
         )
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("query_len", [1, 3, 150])
+def test_left_padding(isa: str, dtype: torch.dtype, query_len: int) -> None:
+    """Rows before the first one that counts hold NaN and are not seen; queries there give zeros."""
+    case = Case(
+        seq_lens=[150, 150, 150, 150],
+        query_lens=[query_len] * 4,
+        query_heads=8,
+        dtype=dtype,
+        first_rows=[0, 17, 149, 150],
+    )
+    inputs = Inputs(case)
+    for seq, first in enumerate(case.first_rows):
+        blocks = inputs.block_table[seq].long()
+        rows = torch.arange(first)
+        nan = torch.full((first, case.kv_heads, case.head_size), math.nan, dtype=dtype)
+        slots = blocks[rows // case.block_size] * case.block_size + rows % case.block_size
+        write_kv(nan, nan, inputs.kv_cache, slots)
+    out = inputs.run().float()
+    torch.testing.assert_close(out, inputs.reference(), atol=2e-2, rtol=0)
+    assert (out[-query_len:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

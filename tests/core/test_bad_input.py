@@ -145,3 +145,23 @@ def test_negative_slots_are_skipped(inputs: Inputs) -> None:
     rows = torch.ones(2, 2, 64)
     write_kv(rows, rows, inputs.kv_cache, torch.tensor([-1, -1]))
     assert torch.equal(inputs.kv_cache, before)
+
+
+@pytest.mark.parametrize(
+    ("first_rows", "message"),
+    [
+        ([0, -1], r"first_rows\[1\] is -1; allowed: 0 to 20 \(seq_lens\[1\]\)"),
+        ([41, 0], r"first_rows\[0\] is 41; allowed: 0 to 40"),
+        ([0], "first_rows' length is 1; allowed: 2"),
+    ],
+)
+def test_wrong_first_rows(inputs: Inputs, first_rows: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch = AttentionBatch(
+            inputs.query_start_loc,
+            inputs.seq_lens,
+            inputs.block_table,
+            32,
+            first_rows=torch.tensor(first_rows, dtype=torch.int32),
+        )
+        attend(inputs, batch=batch)
