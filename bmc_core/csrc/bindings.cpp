@@ -76,12 +76,11 @@ Plan make_plan(uintptr_t query_start, uintptr_t seq_lens, uintptr_t block_table,
                int64_t table_width, int64_t table_stride, int32_t block_size,
                int32_t num_query_heads, int32_t num_kv_heads, int32_t window, bool causal,
                int32_t num_threads, uintptr_t first_rows) {
-  return Plan({reinterpret_cast<const int32_t*>(query_start),
-               reinterpret_cast<const int32_t*>(seq_lens),
-               reinterpret_cast<const int32_t*>(first_rows),
-               reinterpret_cast<const int32_t*>(block_table), num_seqs, table_width, table_stride,
-               block_size, num_query_heads, num_kv_heads, window, causal,
-               num_threads > 0 ? num_threads : omp_get_max_threads()});
+  return Plan(
+      {reinterpret_cast<const int32_t*>(query_start), reinterpret_cast<const int32_t*>(seq_lens),
+       reinterpret_cast<const int32_t*>(first_rows), reinterpret_cast<const int32_t*>(block_table),
+       num_seqs, table_width, table_stride, block_size, num_query_heads, num_kv_heads, window,
+       causal, num_threads > 0 ? num_threads : omp_get_max_threads()});
 }
 
 void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t query_stride_head,

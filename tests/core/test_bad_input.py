@@ -156,12 +156,9 @@ def test_negative_slots_are_skipped(inputs: Inputs) -> None:
     ],
 )
 def test_wrong_first_rows(inputs: Inputs, first_rows: list[int], message: str) -> None:
+    def attend_from(first_rows: torch.Tensor) -> None:
+        table = (inputs.query_start_loc, inputs.seq_lens, inputs.block_table, 32)
+        attend(inputs, batch=AttentionBatch(*table, first_rows=first_rows))
+
     with pytest.raises(ValueError, match=message):
-        batch = AttentionBatch(
-            inputs.query_start_loc,
-            inputs.seq_lens,
-            inputs.block_table,
-            32,
-            first_rows=torch.tensor(first_rows, dtype=torch.int32),
-        )
-        attend(inputs, batch=batch)
+        attend_from(torch.tensor(first_rows, dtype=torch.int32))
