@@ -80,8 +80,10 @@ class BMCAttentionBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # [layer, block, head, row, 2 * head_size]: the kernel tiles the inside of (block, head).
-        return (KVCacheLayout.LBHNC,)
+        # The kernel tiles the inside of a (block, head) and takes any stride of both. With heads
+        # outside blocks, a head's rows in adjacent blocks are one stretch of memory, which reads
+        # faster (docs/kernel-log.md); vLLM takes the second where layers differ in shape.
+        return (KVCacheLayout.LHBNC, KVCacheLayout.LBHNC)
 
     @classmethod
     def supports_sink(cls) -> bool:

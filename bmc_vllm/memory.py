@@ -55,7 +55,7 @@ class KVPoolMemory:
         self.num_bytes = 0
         self._mapping: mmap.mmap | None = None
         self._address = 0
-        self._layers: list[tuple[int, int, int]] = []
+        self._regions: list[tuple[int, int, int]] = []
 
     def allocation(self) -> TorchFunctionMode:
         """Context in which vLLM's allocation of the pool takes this mapping."""
@@ -73,16 +73,19 @@ class KVPoolMemory:
 
     def set_layout(self, kv_cache_config: KVCacheConfig) -> None:
         """Learns where each layer's blocks lie in the pool."""
-        layers: set[tuple[int, int, int]] = set()
+        regions: set[tuple[int, int, int]] = set()
         for tensor in kv_cache_config.kv_cache_tensors:
             num_blocks = kv_cache_config.num_blocks
-            # Layer-outermost: a layer's blocks are dense. Block-outermost: the pages of all layers
-            # of a block lie side by side, layer_stride apart.
-            dense = tensor.layer_stride >= tensor.block_stride * num_blocks
+            # Layer-outermost: a layer is one dense region of blocks, or one for each head. Block-
+            # outermost: the pages of all layers of a block lie side by side, layer_stride apart.
+            region = tensor.block_stride * num_blocks
+            dense = tensor.layer_stride >= region
             page = tensor.block_stride if dense else tensor.layer_stride
             for index in range(len(tensor.layers)):
-                layers.add((tensor.offset + index * tensor.layer_stride, tensor.block_stride, page))
-        self._layers = sorted(layers)
+                layer = tensor.offset + index * tensor.layer_stride
+                for part in range(tensor.layer_stride // region if dense else 1):
+                    regions.add((layer + part * region, tensor.block_stride, page))
+        self._regions = sorted(regions)
 
     def release(self, block_ids: Iterable[int]) -> None:
         """Gives the pages that lie wholly inside the blocks back to the operating system.
@@ -92,7 +95,7 @@ class KVPoolMemory:
         if self._mapping is None:
             return
         runs = list(_runs(sorted(block_ids)))
-        for offset, stride, page in self._layers:
+        for offset, stride, page in self._regions:
             for first, last in runs:
                 if page == stride:
                     self._drop(offset + first * stride, offset + (last + 1) * stride)

@@ -46,10 +46,11 @@ class _BMCTrial(Trial):
         super().__init__(case, inputs, threads)
         self.block_size = case.block_size or BLOCK_SIZE
         self.layout = layout(case, self.block_size, inputs.seed)
-        shape = (self.layout.num_blocks, case.kv_heads, self.block_size, 2 * case.head_size)
+        # As in the vLLM plugin's pool, each head's blocks lie one after the other.
+        shape = (case.kv_heads, self.layout.num_blocks, self.block_size, 2 * case.head_size)
         fp8 = FP8_CACHES.get(case.cache)
         dtype = getattr(torch, fp8) if fp8 else inputs.query.dtype
-        self.caches = arena.sets(shape, dtype, case.set_bytes)
+        self.caches = [pool.transpose(0, 1) for pool in arena.sets(shape, dtype, case.set_bytes)]
         self.sets = len(self.caches)
         self.out = torch.empty_like(inputs.query)
         self.new_slots = self.layout.slots[inputs.last_rows]

@@ -1,6 +1,7 @@
 """The KV pool's memory: not resident at start, resident where used, given back when asked."""
 
 import psutil
+import pytest
 import torch
 from engines import engine, flush, generate, prompts_of, worker
 from models import ModelStore
@@ -62,44 +63,52 @@ def test_cached_prefixes_keep_their_memory(model_dir: ModelStore) -> None:
         assert generate(llm, prompts) == first
 
 
-def layout(page: int, num_blocks: int, num_layers: int, block_outermost: bool) -> KVCacheConfig:
-    strides = (page, page * num_layers) if block_outermost else (page * num_blocks, page)
+def layout(page: int, num_blocks: int, num_layers: int, order: str) -> KVCacheConfig:
+    """Strides of vLLM's layouts; `page` is what one layer stores of a block, over two heads."""
+    layer_stride, block_stride = {
+        "LBHNC": (page * num_blocks, page),
+        "LHBNC": (page * num_blocks, page // 2),
+        "BLHNC": (page, page * num_layers),
+    }[order]
     tensor = KVCacheTensor(
         size=page * num_blocks * num_layers,
         layers=[f"layer{i}" for i in range(num_layers)],
-        layer_stride=strides[0],
-        block_stride=strides[1],
+        layer_stride=layer_stride,
+        block_stride=block_stride,
     )
     return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[tensor], kv_cache_groups=[])
 
 
-def test_release_touches_only_its_blocks() -> None:
+@pytest.mark.parametrize("order", ["LBHNC", "LHBNC", "BLHNC"])
+@pytest.mark.parametrize("page", [512, PAGE, PAGE + 512, 3 * PAGE, 6 * PAGE])
+def test_release_touches_only_its_blocks(page: int, order: str) -> None:
     """Pages that a block shares with its neighbour stay; every layout."""
-    for page in (512, PAGE, PAGE + 512, 3 * PAGE):
-        for block_outermost in (False, True):
-            config = layout(page, 10, 3, block_outermost)
-            tensor = config.kv_cache_tensors[0]
-            memory = KVPoolMemory()
-            with memory.allocation():
-                pool = torch.zeros(tensor.size, dtype=torch.int8, device="cpu")
-                other = torch.zeros(7, dtype=torch.int8)
-            memory.set_layout(config)
-            assert memory.num_bytes == tensor.size
-            assert other.data_ptr() != pool.data_ptr()
-            assert memory.resident_bytes() == 0
-            pool.fill_(1)
-            resident = memory.resident_bytes()
-            assert resident >= tensor.size
-            released = [2, 3, 4, 8]
-            memory.release(released)
-            if page >= 2 * PAGE:
-                assert memory.resident_bytes() < resident
-            for layer in range(3):
-                for block in range(10):
-                    start = layer * tensor.layer_stride + block * tensor.block_stride
-                    rows = pool[start : start + page]
-                    if block not in released:
-                        assert bool((rows == 1).all()), (page, block_outermost, layer, block)
+    config = layout(page, 10, 3, order)
+    tensor = config.kv_cache_tensors[0]
+    memory = KVPoolMemory()
+    with memory.allocation():
+        pool = torch.zeros(tensor.size, dtype=torch.int8, device="cpu")
+        other = torch.zeros(7, dtype=torch.int8)
+    memory.set_layout(config)
+    assert memory.num_bytes == tensor.size
+    assert other.data_ptr() != pool.data_ptr()
+    assert memory.resident_bytes() == 0
+    pool.fill_(1)
+    resident = memory.resident_bytes()
+    assert resident >= tensor.size
+    released = [2, 3, 4, 8]
+    memory.release(released)
+    if page >= 3 * PAGE:
+        assert memory.resident_bytes() < resident
+    heads = 2 if order == "LHBNC" else 1
+    pieces = pool.as_strided(
+        (3, 10, heads, page // heads),
+        (tensor.layer_stride, tensor.block_stride, tensor.block_stride * 10, 1),
+    )
+    kept = [block for block in range(10) if block not in released]
+    assert bool((pieces[:, kept] == 1).all())
+    if page == 6 * PAGE:
+        assert not bool((pieces[:, [2, 3, 4]] == 1).all())
 
 
 def test_release_before_allocation_does_nothing() -> None:
