@@ -35,19 +35,21 @@ void attend_share(const AttentionArgs& args, int thread) {
   Scratch<V> vector_scratch;  // over the same memory: an item uses one of them
   scratch.carve(memory, args.plan.max_rows, args.head_size);
   vector_scratch.carve(memory, args.plan.max_rows, args.head_size);
-  for (;;) {
-    const int64_t i = __atomic_fetch_add(args.next_item, 1, __ATOMIC_RELAXED);
-    if (i >= args.plan.num_items) return;
-    const WorkItem& work = args.plan.items[i];
+#ifdef __AMX_BF16__
+  TileConfig config;
+#endif
+  Queue queue(args);
+  while (const WorkItem* item = queue.pop()) {
+    const WorkItem& work = *item;
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<typename E::Arith, uint16_t>) {
       if (TileItem<E>::fits(args, work)) {
-        TileItem<E>(args, work, scratch).run();
+        TileItem<E>(args, work, scratch, queue).run(config);
         continue;
       }
     }
 #endif
-    VectorItem<V>(args, work, vector_scratch).run();
+    VectorItem<V>(args, work, vector_scratch, queue).run();
   }
 }
 
@@ -65,10 +67,6 @@ void attend_cache(const AttentionArgs& args, int thread) {
 }
 
 void attend_share_of(const AttentionArgs& args, int thread) {
-#ifdef __AMX_BF16__
-  const TileConfig config;
-  _tile_loadconfig(config.bytes);
-#endif
   switch (args.dtype) {
     case DType::kFloat32:
       attend_cache<Float32, FloatValues, PairProducts>(args, thread);
@@ -80,9 +78,6 @@ void attend_share_of(const AttentionArgs& args, int thread) {
       attend_cache<BFloat16, BFloatValues, BFloatProducts>(args, thread);
       break;
   }
-#ifdef __AMX_BF16__
-  _tile_release();
-#endif
 }
 
 void attend(const AttentionArgs& args) {

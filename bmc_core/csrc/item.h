@@ -71,6 +71,32 @@ struct Scratch {
   }
 };
 
+// The items of one thread, one after the other. The next one is taken early, in the last step of
+// the one before, so that its first keys can be fetched meanwhile.
+class Queue {
+ public:
+  explicit Queue(const AttentionArgs& args) : args_(args) {}
+  // The item that pop() will return; null: none is left.
+  const WorkItem* peek() {
+    if (!taken_) {
+      taken_ = true;
+      const int64_t i = __atomic_fetch_add(args_.next_item, 1, __ATOMIC_RELAXED);
+      next_ = i < args_.plan.num_items ? args_.plan.items + i : nullptr;
+    }
+    return next_;
+  }
+  const WorkItem* pop() {
+    const WorkItem* item = peek();
+    taken_ = false;
+    return item;
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const WorkItem* next_ = nullptr;
+  bool taken_ = false;
+};
+
 template <class E>
 class Item {
  protected:
@@ -78,15 +104,13 @@ class Item {
   using Value = typename E::Value;
   using Arith = typename E::Arith;
 
-  Item(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
-      : args_(args), work_(work), s_(scratch), head_size_(args.head_size) {
+  Item(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch, Queue& queue)
+      : args_(args), work_(work), s_(scratch), head_size_(args.head_size), queue_(queue) {
     const PlanView& plan = args.plan;
     group_ = plan.group_size;
     rows_ = work.query_count * group_;
     seq_len_ = plan.seq_lens[work.seq];
     query_len_ = plan.query_start[work.seq + 1] - plan.query_start[work.seq];
-    blocks_ = plan.blocks + plan.block_start[work.seq];
-    head_cache_ = static_cast<const Storage*>(args.cache) + work.kv_head * args.cache_stride_head;
   }
 
   int token(int row) const {
@@ -118,10 +142,19 @@ class Item {
     first_row_ = s_.lower[0];  // the lowest row that any query of the item sees
   }
 
-  const Storage* key_tile(int row) const {
-    const int block_size = args_.plan.block_size;
-    return head_cache_ + blocks_[row / block_size] * args_.cache_stride_block +
-           static_cast<int64_t>(row % block_size) * head_size_;
+  const Storage* key_tile(int row) const { return key_tile_of(work_, row); }
+
+  // What to fetch while rows `before` this item's `row` are used: that row's keys, or past the
+  // item's end, as far from the next item's begin.
+  const char* upcoming_keys(int row, int first_after, int step) const {
+    const WorkItem* item = &work_;
+    if (row >= work_.kv_end) {
+      item = first_after >= work_.kv_end ? queue_.peek() : nullptr;
+      if (item == nullptr) return nullptr;
+      row = (item->kv_begin & ~(step - 1)) + row - first_after;
+      if (row >= item->kv_end) return nullptr;
+    }
+    return reinterpret_cast<const char*>(key_tile_of(*item, row));
   }
   int64_t value_offset() const { return static_cast<int64_t>(args_.plan.block_size) * head_size_; }
 
@@ -210,6 +243,14 @@ class Item {
   int group_, rows_, seq_len_, query_len_, first_row_ = 0;
 
  private:
+  const Storage* key_tile_of(const WorkItem& work, int row) const {
+    const PlanView& plan = args_.plan;
+    const int64_t block = plan.blocks[plan.block_start[work.seq] + row / plan.block_size];
+    return static_cast<const Storage*>(args_.cache) + work.kv_head * args_.cache_stride_head +
+           block * args_.cache_stride_block +
+           static_cast<int64_t>(row % plan.block_size) * head_size_;
+  }
+
   // out = acc / sum; a row that sees nothing is zero.
   void finish(int row, float sum, const float* acc) const {
     Value* out = static_cast<Value*>(args_.out) + token(row) * args_.out_stride_token +
@@ -254,8 +295,7 @@ class Item {
     finish(row, sum, acc);
   }
 
-  const int32_t* blocks_;
-  const Storage* head_cache_;
+  Queue& queue_;
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// An item computed with AMX matrix tiles (bfloat16 queries): 32 query rows by 256 KV rows at a
-// time. The cache layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand
+// An item computed with AMX matrix tiles (bfloat16 queries): up to 32 query rows by 256 KV rows at
+// a time. The cache layout is already what the tiles want: a K tile [D/2][16][2] is D/32 right-hand
 // tiles of 16 pair rows by 64 bytes, and V's row pairs [rows/2][D][2] are right-hand tiles with a
 // row stride of D pairs. Worth it from about one tile of query rows on; needs head and block sizes
 // in steps of 32.
@@ -18,16 +18,27 @@ constexpr int kMinUnpackedRows = 8;  // fewer decode fp8 in registers
 // The compiler's tile intrinsics do not say that they read memory.
 inline void stores_before_tiles() { __asm__ volatile("" ::: "memory"); }
 
-struct TileConfig {
-  alignas(64) uint8_t bytes[64];
-  TileConfig() {
-    memset(bytes, 0, sizeof(bytes));
+// Rows of this thread's tiles: 0 to 5 hold query rows (sums, query, probabilities), 6 and 7 K or V.
+// A product takes as many cycles as its left tile has rows.
+class TileConfig {
+ public:
+  ~TileConfig() {
+    if (query_rows_ != 0) _tile_release();
+  }
+  void set_query_rows(int rows) {
+    if (rows == query_rows_) return;
+    query_rows_ = rows;
+    alignas(64) uint8_t bytes[64] = {};
     bytes[0] = 1;  // palette
     for (int t = 0; t < 8; ++t) {
       bytes[16 + 2 * t] = 64;  // bytes per row
-      bytes[48 + t] = 16;      // rows
+      bytes[48 + t] = static_cast<uint8_t>(t < 6 ? rows : 16);
     }
+    _tile_loadconfig(bytes);
   }
+
+ private:
+  int query_rows_ = 0;
 };
 
 template <class E>
@@ -40,8 +51,8 @@ class TileItem : Item<E> {
   static constexpr bool kUnpack = sizeof(Storage) == 1;
 
  public:
-  TileItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
-      : Base(args, work, scratch) {}
+  TileItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch, Queue& queue)
+      : Base(args, work, scratch, queue) {}
 
   static bool fits(const AttentionArgs& args, const WorkItem& work) {
     const int least = kUnpack ? kMinUnpackedRows : kMinTileRows;
@@ -49,7 +60,8 @@ class TileItem : Item<E> {
            args.plan.block_size % kGroupRows == 0;
   }
 
-  void run() {
+  void run(TileConfig& config) {
+    config.set_query_rows(rows_ < 16 ? rows_ : 16);
     Base::begin();
     edge_ = s_.edge;
     for (int kv = work_.kv_begin & ~(kGroupRows - 1); kv < work_.kv_end; kv += kPanelColumns) {
@@ -73,9 +85,8 @@ class TileItem : Item<E> {
       const Storage* key = Base::key_tile(row);
       const Storage* value = key + Base::value_offset();
       fetch_values[g] = reinterpret_cast<const char*>(value);
-      const int ahead = row + kPanelColumns;
-      fetch_keys[g] =
-          reinterpret_cast<const char*>(ahead < work_.kv_end ? Base::key_tile(ahead) : key);
+      const char* next = Base::upcoming_keys(row + kPanelColumns, kv + kPanelColumns, kGroupRows);
+      fetch_keys[g] = next != nullptr ? next : reinterpret_cast<const char*>(key);
       value = Base::usable_values(value, row, kGroupRows, edge_);
       if constexpr (kUnpack) {
         const int count = kGroupRows * head_size_;
@@ -99,7 +110,7 @@ class TileItem : Item<E> {
       // The first panel of rows streams K and V in; for the others both are in the cache.
       const char* const* fetch_v = row == 0 ? fetch_values : nullptr;
       const char* const* fetch_k = row == 0 ? fetch_keys : nullptr;
-      two ? score<true>(row, used, keys, fetch_v) : score<false>(row, used, keys, fetch_v);
+      two ? score_two(row, used, keys, fetch_v) : score_one(row, used, keys, fetch_v);
       const int columns = used * kGroupRows;
       const bool masked = s_.limit[row] < kv + columns || s_.lower[row + count - 1] > kv;
       for (int m = 0; m < count; ++m) {
@@ -107,7 +118,7 @@ class TileItem : Item<E> {
                                                s_.probs + m * kPanelColumns, kv, columns, masked);
         if (correction != 1.f) rescale(row + m, correction);
       }
-      two ? weigh<true>(row, used, values, fetch_k) : weigh<false>(row, used, values, fetch_k);
+      two ? weigh_two(row, used, values, fetch_k) : weigh_one(row, used, values, fetch_k);
     }
   }
 
@@ -125,82 +136,119 @@ class TileItem : Item<E> {
     }
   }
 
-  // scores[32][32 * groups] = query . K; kTwo: more than 16 rows, else the second half is left out.
-  template <bool kTwo>
-  void score(int row, int groups, const Wide* const* keys, const char* const* fetch_v) {
+  int64_t query_stride() const { return head_size_ * static_cast<int64_t>(sizeof(Arith)); }
+  int64_t acc_stride() const { return head_size_ * static_cast<int64_t>(sizeof(float)); }
+  int64_t value_stride() const { return head_size_ * 2 * static_cast<int64_t>(sizeof(Wide)); }
+  static constexpr int64_t kScoreStride = kPanelColumns * sizeof(float);
+  static constexpr int64_t kProbStride = kPanelColumns * sizeof(Arith);
+
+  // scores[16][32 * groups] = query . K. So few rows wait for memory: K is read in the order of its
+  // addresses.
+  void score_one(int row, int groups, const Wide* const* keys, const char* const* fetch_v) {
     const Arith* q = s_.query + row * head_size_;
-    const int64_t query_stride = head_size_ * static_cast<int64_t>(sizeof(Arith));
-    constexpr int64_t kScoreStride = kPanelColumns * sizeof(float);
     const int64_t second_tile = kTileRows * head_size_;
     stores_before_tiles();
     for (int g = 0; g < groups; ++g) {
-      _tile_zero(0);
-      _tile_zero(1);
-      if constexpr (kTwo) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
       const Wide* key = keys[g];
+      _tile_zero(0);
       for (int d = 0; d < head_size_; d += kTileDim) {
         if (fetch_v != nullptr) fetch(fetch_v[g], d);
         _tile_loadd(6, key + d * kTileRows, 64);
-        _tile_loadd(7, key + second_tile + d * kTileRows, 64);
-        _tile_loadd(4, q + d, query_stride);
+        _tile_loadd(4, q + d, query_stride());
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kTwo) {
-          _tile_loadd(5, q + 16 * head_size_ + d, query_stride);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+      }
+      _tile_zero(1);
+      for (int d = 0; d < head_size_; d += kTileDim) {
+        _tile_loadd(7, key + second_tile + d * kTileRows, 64);
+        _tile_loadd(5, q + d, query_stride());
+        _tile_dpbf16ps(1, 5, 7);
       }
       float* scores = s_.scores + g * kGroupRows;
       _tile_stored(0, scores, kScoreStride);
       _tile_stored(1, scores + 16, kScoreStride);
-      if constexpr (kTwo) {
-        _tile_stored(2, scores + 16 * kPanelColumns, kScoreStride);
-        _tile_stored(3, scores + 16 * kPanelColumns + 16, kScoreStride);
+    }
+    stores_before_tiles();
+  }
+
+  // acc[16][D] += probs[16][32 * groups] . V, with V read in the order of its addresses.
+  void weigh_one(int row, int groups, const Wide* const* values, const char* const* fetch_k) {
+    float* acc = s_.acc + row * head_size_;
+    stores_before_tiles();
+    for (int g = 0; g < groups; ++g) {
+      _tile_loadd(4, s_.probs + g * kGroupRows, kProbStride);
+      for (int d = 0; d < head_size_; d += 32) {
+        if (fetch_k != nullptr) fetch(fetch_k[g], d);
+        float* out = acc + d;
+        _tile_loadd(0, out, acc_stride());
+        _tile_loadd(1, out + 16, acc_stride());
+        _tile_loadd(6, values[g] + d * 2, value_stride());
+        _tile_loadd(7, values[g] + d * 2 + 32, value_stride());
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_stored(0, out, acc_stride());
+        _tile_stored(1, out + 16, acc_stride());
       }
     }
     stores_before_tiles();
   }
 
-  // acc[32][D] += probs[32][32 * groups] . V
-  template <bool kTwo>
-  void weigh(int row, int groups, const Wide* const* values, const char* const* fetch_k) {
+  // scores[32][32 * groups] = query . K, each K tile used for two tiles of rows.
+  void score_two(int row, int groups, const Wide* const* keys, const char* const* fetch_v) {
+    const Arith* q = s_.query + row * head_size_;
+    const int64_t second_tile = kTileRows * head_size_;
+    stores_before_tiles();
+    for (int g = 0; g < groups; ++g) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      const Wide* key = keys[g];
+      for (int d = 0; d < head_size_; d += kTileDim) {
+        if (fetch_v != nullptr) fetch(fetch_v[g], d);
+        _tile_loadd(6, key + d * kTileRows, 64);
+        _tile_loadd(7, key + second_tile + d * kTileRows, 64);
+        _tile_loadd(4, q + d, query_stride());
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, q + 16 * head_size_ + d, query_stride());
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      float* scores = s_.scores + g * kGroupRows;
+      _tile_stored(0, scores, kScoreStride);
+      _tile_stored(1, scores + 16, kScoreStride);
+      _tile_stored(2, scores + 16 * kPanelColumns, kScoreStride);
+      _tile_stored(3, scores + 16 * kPanelColumns + 16, kScoreStride);
+    }
+    stores_before_tiles();
+  }
+
+  // acc[32][D] += probs[32][32 * groups] . V; sums stay in tiles over all groups.
+  void weigh_two(int row, int groups, const Wide* const* values, const char* const* fetch_k) {
     float* acc = s_.acc + row * head_size_;
-    const int64_t acc_stride = head_size_ * static_cast<int64_t>(sizeof(float));
-    const int64_t value_stride = head_size_ * 2 * static_cast<int64_t>(sizeof(Wide));
-    constexpr int64_t kProbStride = kPanelColumns * sizeof(Arith);
     stores_before_tiles();
     for (int d = 0; d < head_size_; d += 32) {
       float* out = acc + d;
-      _tile_loadd(0, out, acc_stride);
-      _tile_loadd(1, out + 16, acc_stride);
-      if constexpr (kTwo) {
-        _tile_loadd(2, out + 16 * head_size_, acc_stride);
-        _tile_loadd(3, out + 16 * head_size_ + 16, acc_stride);
-      }
+      _tile_loadd(0, out, acc_stride());
+      _tile_loadd(1, out + 16, acc_stride());
+      _tile_loadd(2, out + 16 * head_size_, acc_stride());
+      _tile_loadd(3, out + 16 * head_size_ + 16, acc_stride());
       for (int g = 0; g < groups; ++g) {
         if (fetch_k != nullptr) fetch(fetch_k[g], d);
         const Arith* p = s_.probs + g * kGroupRows;
-        _tile_loadd(6, values[g] + d * 2, value_stride);
-        _tile_loadd(7, values[g] + d * 2 + 32, value_stride);
+        _tile_loadd(6, values[g] + d * 2, value_stride());
+        _tile_loadd(7, values[g] + d * 2 + 32, value_stride());
         _tile_loadd(4, p, kProbStride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kTwo) {
-          _tile_loadd(5, p + 16 * kPanelColumns, kProbStride);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        _tile_loadd(5, p + 16 * kPanelColumns, kProbStride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, out, acc_stride);
-      _tile_stored(1, out + 16, acc_stride);
-      if constexpr (kTwo) {
-        _tile_stored(2, out + 16 * head_size_, acc_stride);
-        _tile_stored(3, out + 16 * head_size_ + 16, acc_stride);
-      }
+      _tile_stored(0, out, acc_stride());
+      _tile_stored(1, out + 16, acc_stride());
+      _tile_stored(2, out + 16 * head_size_, acc_stride());
+      _tile_stored(3, out + 16 * head_size_ + 16, acc_stride());
     }
     stores_before_tiles();
   }

@@ -134,8 +134,8 @@ class VectorItem : Item<E> {
   using typename Base::Storage;
 
  public:
-  VectorItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch)
-      : Base(args, work, scratch) {}
+  VectorItem(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch, Queue& queue)
+      : Base(args, work, scratch, queue) {}
 
   void run() {
     Base::begin();
@@ -168,12 +168,13 @@ class VectorItem : Item<E> {
       const int row = t < tiles.count ? kv + t * kTileRows : kv;
       const Storage* key = Base::key_tile(row);
       const Storage* value = key + Base::value_offset();
-      const Storage* next = row + kStepRows < end ? Base::key_tile(row + kStepRows) : key;
+      const char* next =
+          Base::upcoming_keys(kv + t * kTileRows + kStepRows, kv + kStepRows, kTileRows);
       tiles.keys[t] = key;
       tiles.values[t] =
           t < tiles.count ? Base::usable_values(value, row, kTileRows, edge_) : nullptr;
       fetch.values[t] = reinterpret_cast<const char*>(value);
-      fetch.next_keys[t] = reinterpret_cast<const char*>(next);
+      fetch.next_keys[t] = next != nullptr ? next : reinterpret_cast<const char*>(key);
     }
     if constexpr (!std::is_same_v<E, typename E::Wide>) {
       // Each row block would decode the same codes again.
