@@ -21,10 +21,12 @@ namespace {
 // Matrix tiles want many rows and columns between two updates of the softmax.
 constexpr int kPanelRows = 32;
 constexpr int kPanelColumns = 256;
+constexpr int kPanels = 2;     // at work at a time
 constexpr int kEdgeTiles = 4;  // stale rows of V are replaced 32 at a time
 #else
 constexpr int kPanelRows = kRowBlock;
 constexpr int kPanelColumns = kStepRows;
+constexpr int kPanels = 1;
 constexpr int kEdgeTiles = 2;
 #endif
 
@@ -41,8 +43,8 @@ struct Scratch {
   int32_t* lower;             // [rows] first KV row seen
   int32_t* limit;             // [rows] one past the last KV row seen
   float* slope;               // [rows] ALiBi slope x log2(e)
-  float* scores;              // [kPanelRows][kPanelColumns]
-  typename E::Arith* probs;   // [kPanelRows][kPanelColumns]
+  float* scores;              // [kPanels][kPanelRows][kPanelColumns]
+  typename E::Arith* probs;   // [kPanels][kPanelRows][kPanelColumns]
   float* correction;          // [kPanelRows]
   typename E::Storage* edge;  // [kEdgeTiles][16][D] rows of V with stale ones zeroed
   uint16_t* unpacked;         // [2][kPanelColumns][D] K and V of a step, from a quantised cache
@@ -62,8 +64,8 @@ struct Scratch {
     take(lower, rows);
     take(limit, rows);
     take(slope, rows);
-    take(scores, kPanelRows * kPanelColumns);
-    take(probs, kPanelRows * kPanelColumns);
+    take(scores, kPanels * kPanelRows * kPanelColumns);
+    take(probs, kPanels * kPanelRows * kPanelColumns);
     take(correction, kPanelRows);
     take(edge, kEdgeTiles * kTileRows * head_size);
     take(unpacked, sizeof(typename E::Storage) == 1 ? 2 * kPanelColumns * head_size : 0);

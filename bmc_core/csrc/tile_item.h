@@ -100,26 +100,90 @@ class TileItem : Item<E> {
         values[g] = value;
       }
     }
+    Panel panels[kQueryBlockRows / kPanelRows + 1];
+    int count = 0;
     for (int row = 0; row < rows_; row += kPanelRows) {
-      const int count = rows_ - row < kPanelRows ? rows_ - row : kPanelRows;
-      const int visible = s_.limit[row + count - 1] - kv;
+      Panel& panel = panels[count];
+      panel.row = row;
+      panel.kv = kv;
+      panel.rows = rows_ - row < kPanelRows ? rows_ - row : kPanelRows;
+      const int visible = s_.limit[row + panel.rows - 1] - kv;
       if (visible <= 0) continue;
       const int seen = (visible + kGroupRows - 1) / kGroupRows;
-      const int used = seen < groups ? seen : groups;
-      const bool two = count > 16;
-      // The first panel of rows streams K and V in; for the others both are in the cache.
-      const char* const* fetch_v = row == 0 ? fetch_values : nullptr;
-      const char* const* fetch_k = row == 0 ? fetch_keys : nullptr;
-      two ? score_two(row, used, keys, fetch_v) : score_one(row, used, keys, fetch_v);
-      const int columns = used * kGroupRows;
-      const bool masked = s_.limit[row] < kv + columns || s_.lower[row + count - 1] > kv;
-      for (int m = 0; m < count; ++m) {
-        const float correction = Base::softmax(row + m, s_.scores + m * kPanelColumns,
-                                               s_.probs + m * kPanelColumns, kv, columns, masked);
-        if (correction != 1.f) rescale(row + m, correction);
-      }
-      two ? weigh_two(row, used, values, fetch_k) : weigh_one(row, used, values, fetch_k);
+      panel.groups = seen < groups ? seen : groups;
+      const int columns = panel.groups * kGroupRows;
+      panel.masked = s_.limit[row] < kv + columns || s_.lower[row + panel.rows - 1] > kv;
+      panel.scores = s_.scores + (count % kPanels) * kPanelRows * kPanelColumns;
+      panel.probs = s_.probs + (count % kPanels) * kPanelRows * kPanelColumns;
+      ++count;
     }
+    if (count == 0) return;
+    // The first panel of rows streams K and V in; for the others both are in the cache.
+    Beside nothing(*this);
+    score(panels[0], keys, fetch_values, nothing);
+    for (int i = 0; i < count; ++i) {
+      const Panel* before = i > 0 ? &panels[i - 1] : nullptr;
+      const Panel* after = i + 1 < count ? &panels[i + 1] : nullptr;
+      Beside softmax(*this, panels[i], before, after);
+      if (after != nullptr) score(*after, keys, nullptr, softmax);
+      if (before != nullptr) weigh(*before, values, i == 1 ? fetch_keys : nullptr, softmax);
+      softmax.finish();
+    }
+    weigh(panels[count - 1], values, count == 1 ? fetch_keys : nullptr, nothing);
+  }
+
+  // Up to 32 query rows over the KV rows of a step.
+  struct Panel {
+    int row, rows, kv, groups;
+    bool masked;
+    float* scores;  // [32][kPanelColumns]
+    Arith* probs;   // [32][kPanelColumns]
+    bool two() const { return rows > 16; }
+  };
+
+  // The softmax of a panel, a row at a time between the products of its neighbours: the matrix unit
+  // and the vector units work at the same time.
+  class Beside {
+   public:
+    explicit Beside(TileItem& item) : item_(item), panel_(nullptr), rows_(0), turns_(1) {}
+    Beside(TileItem& item, const Panel& panel, const Panel* before, const Panel* after)
+        : item_(item), panel_(&panel), rows_(panel.rows), turns_(0) {
+      const int dims = item.head_size_ / kTileDim;
+      if (before != nullptr && before->two()) turns_ += before->groups * dims;
+      if (after != nullptr && after->two()) turns_ += after->groups * dims;
+    }
+    void turn() {
+      due_ += rows_;
+      while (due_ >= turns_ && next_ < rows_) {
+        due_ -= turns_;
+        item_.softmax_row(*panel_, next_++);
+      }
+    }
+    void finish() {
+      while (next_ < rows_) item_.softmax_row(*panel_, next_++);
+    }
+
+   private:
+    TileItem& item_;
+    const Panel* panel_;
+    int rows_, turns_, due_ = 0, next_ = 0;
+  };
+
+  void softmax_row(const Panel& panel, int m) {
+    const int row = panel.row + m;
+    const float correction =
+        Base::softmax(row, panel.scores + m * kPanelColumns, panel.probs + m * kPanelColumns,
+                      panel.kv, panel.groups * kGroupRows, panel.masked);
+    if (correction != 1.f) rescale(row, correction);
+  }
+
+  void score(const Panel& panel, const Wide* const* keys, const char* const* fetch_v,
+             Beside& beside) {
+    panel.two() ? score_two(panel, keys, fetch_v, beside) : score_one(panel, keys, fetch_v);
+  }
+  void weigh(const Panel& panel, const Wide* const* values, const char* const* fetch_k,
+             Beside& beside) {
+    panel.two() ? weigh_two(panel, values, fetch_k, beside) : weigh_one(panel, values, fetch_k);
   }
 
   // The part of a group's K or V that belongs to dimensions [d, d + 32).
@@ -144,11 +208,11 @@ class TileItem : Item<E> {
 
   // scores[16][32 * groups] = query . K. So few rows wait for memory: K is read in the order of its
   // addresses.
-  void score_one(int row, int groups, const Wide* const* keys, const char* const* fetch_v) {
-    const Arith* q = s_.query + row * head_size_;
+  void score_one(const Panel& panel, const Wide* const* keys, const char* const* fetch_v) {
+    const Arith* q = s_.query + panel.row * head_size_;
     const int64_t second_tile = kTileRows * head_size_;
     stores_before_tiles();
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < panel.groups; ++g) {
       const Wide* key = keys[g];
       _tile_zero(0);
       for (int d = 0; d < head_size_; d += kTileDim) {
@@ -163,7 +227,7 @@ class TileItem : Item<E> {
         _tile_loadd(5, q + d, query_stride());
         _tile_dpbf16ps(1, 5, 7);
       }
-      float* scores = s_.scores + g * kGroupRows;
+      float* scores = panel.scores + g * kGroupRows;
       _tile_stored(0, scores, kScoreStride);
       _tile_stored(1, scores + 16, kScoreStride);
     }
@@ -171,11 +235,11 @@ class TileItem : Item<E> {
   }
 
   // acc[16][D] += probs[16][32 * groups] . V, with V read in the order of its addresses.
-  void weigh_one(int row, int groups, const Wide* const* values, const char* const* fetch_k) {
-    float* acc = s_.acc + row * head_size_;
+  void weigh_one(const Panel& panel, const Wide* const* values, const char* const* fetch_k) {
+    float* acc = s_.acc + panel.row * head_size_;
     stores_before_tiles();
-    for (int g = 0; g < groups; ++g) {
-      _tile_loadd(4, s_.probs + g * kGroupRows, kProbStride);
+    for (int g = 0; g < panel.groups; ++g) {
+      _tile_loadd(4, panel.probs + g * kGroupRows, kProbStride);
       for (int d = 0; d < head_size_; d += 32) {
         if (fetch_k != nullptr) fetch(fetch_k[g], d);
         float* out = acc + d;
@@ -193,11 +257,12 @@ class TileItem : Item<E> {
   }
 
   // scores[32][32 * groups] = query . K, each K tile used for two tiles of rows.
-  void score_two(int row, int groups, const Wide* const* keys, const char* const* fetch_v) {
-    const Arith* q = s_.query + row * head_size_;
+  void score_two(const Panel& panel, const Wide* const* keys, const char* const* fetch_v,
+                 Beside& beside) {
+    const Arith* q = s_.query + panel.row * head_size_;
     const int64_t second_tile = kTileRows * head_size_;
     stores_before_tiles();
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < panel.groups; ++g) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -213,8 +278,9 @@ class TileItem : Item<E> {
         _tile_loadd(5, q + 16 * head_size_ + d, query_stride());
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        beside.turn();
       }
-      float* scores = s_.scores + g * kGroupRows;
+      float* scores = panel.scores + g * kGroupRows;
       _tile_stored(0, scores, kScoreStride);
       _tile_stored(1, scores + 16, kScoreStride);
       _tile_stored(2, scores + 16 * kPanelColumns, kScoreStride);
@@ -224,8 +290,9 @@ class TileItem : Item<E> {
   }
 
   // acc[32][D] += probs[32][32 * groups] . V; sums stay in tiles over all groups.
-  void weigh_two(int row, int groups, const Wide* const* values, const char* const* fetch_k) {
-    float* acc = s_.acc + row * head_size_;
+  void weigh_two(const Panel& panel, const Wide* const* values, const char* const* fetch_k,
+                 Beside& beside) {
+    float* acc = s_.acc + panel.row * head_size_;
     stores_before_tiles();
     for (int d = 0; d < head_size_; d += 32) {
       float* out = acc + d;
@@ -233,9 +300,9 @@ class TileItem : Item<E> {
       _tile_loadd(1, out + 16, acc_stride());
       _tile_loadd(2, out + 16 * head_size_, acc_stride());
       _tile_loadd(3, out + 16 * head_size_ + 16, acc_stride());
-      for (int g = 0; g < groups; ++g) {
+      for (int g = 0; g < panel.groups; ++g) {
         if (fetch_k != nullptr) fetch(fetch_k[g], d);
-        const Arith* p = s_.probs + g * kGroupRows;
+        const Arith* p = panel.probs + g * kGroupRows;
         _tile_loadd(6, values[g] + d * 2, value_stride());
         _tile_loadd(7, values[g] + d * 2 + 32, value_stride());
         _tile_loadd(4, p, kProbStride);
@@ -244,6 +311,7 @@ class TileItem : Item<E> {
         _tile_loadd(5, p + 16 * kPanelColumns, kProbStride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        beside.turn();
       }
       _tile_stored(0, out, acc_stride());
       _tile_stored(1, out + 16, acc_stride());
