@@ -43,6 +43,6 @@ build: setup ## build the wheel and the source archive into dist/
 
 clean: ## remove what was built (not the environment, not the demo model)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find bmc_core bmc_vllm benchmarks tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find bmc_core bmc_deepspeed bmc_transformers bmc_vllm benchmarks tests tools -name __pycache__ -prune -exec rm -rf {} +
 	find bmc_core -name '*.so' -delete
 	rm -f "$(VENV)/.bmc-setup/package"

@@ -233,6 +233,17 @@ def install_vllm(env: Environment) -> None:
     env.pip(pinned("torch"), *out.splitlines(), what="installing what vLLM needs")
 
 
+def install_deepspeed(env: Environment) -> None:
+    """DeepSpeed, built against the torch that is there.
+
+    It comes as source and imports torch to build. In an isolated build pip would fetch another
+    torch for that, so the environment's own is used, and its set-up tools.
+    """
+    requirement = pinned("deepspeed")
+    # torch is named, so that pip keeps the installed build instead of looking for a better one.
+    env.pip("--no-build-isolation", pinned("torch"), requirement, what=f"installing {requirement}")
+
+
 def check_machine() -> None:
     """Compiler and Python, before anything is downloaded."""
     if sys.version_info[:2] < OLDEST_PYTHON:
@@ -291,6 +302,7 @@ def stages(env: Environment) -> list[Stage]:
         Stage("build-tools", "build tools", base, build_tools),
         Stage("torch", "PyTorch for CPU", base, lambda: install_torch(env)),
         Stage("vllm", "vLLM for CPU", base, lambda: install_vllm(env)),
+        Stage("deepspeed", "DeepSpeed", base, lambda: install_deepspeed(env)),
         Stage("tools", "developer tools", base, tools),
         Stage("package", "BMC: kernels and plugin", package, kernels),
     ]

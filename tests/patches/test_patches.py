@@ -1,0 +1,75 @@
+"""Every patch applies to the installed version, is described, and does what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import patching
+import pytest
+
+HERE = Path(__file__).parent
+PATCHES = sorted(patching.PATCHES.glob("*.patch"))
+
+
+def test_there_is_one_for_each_framework() -> None:
+    assert [patching.package_of(patch) for patch in PATCHES] == ["deepspeed", "vllm"]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_applies_to_the_installed_version(patch: Path) -> None:
+    site_packages = patching.package_folder(patching.package_of(patch)).parent
+    result = patching.apply(patch, site_packages, "--dry-run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "offset" not in result.stdout
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_is_described(patch: Path) -> None:
+    readme = (patching.PATCHES / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if f"]({patch.name})" in line]
+    assert row.count("|") == 6, "what, why, which hook, when it can go"
+
+
+def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
+    (patch,) = [patch for patch in PATCHES if patch.name.startswith("deepspeed")]
+    copy = patching.patched_copy(patch, tmp_path)
+    path = [copy, patching.ROOT, patching.ROOT / "tests" / "deepspeed"]
+    out = patching.run(
+        HERE / "patched_deepspeed.py", path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
+    )
+    found = json.loads(out.splitlines()[-1])
+    assert found["package"] == str(copy / "deepspeed")
+    assert found["rebound"] == []
+    assert found["same tokens"]
+    assert found["caches"] == {"stock": "DynamicCache", "bmc": "BMCCache"}
+    assert "kv_policy 'bcm' is not registered; available: 'bmc'" in found["refused"]["policy"]
+    assert "allowed: r, T, attention, pack_linears" in found["refused"]["setting"]
+    assert "kv_policy_config is given without kv_policy" in found["refused"]["alone"]
+    assert "replace_with_kernel_inject" in found["refused"]["kernels"]
+
+
+def test_vllm_honours_the_backend_without_our_hook(tmp_path: Path) -> None:
+    (patch,) = [patch for patch in PATCHES if patch.name.startswith("vllm")]
+    copy = patching.patched_copy(patch, tmp_path / "site")
+    found = {}
+    for name, path in (("patched", [copy]), ("plain", [])):
+        out = patching.run(
+            HERE / "patched_vllm.py",
+            [*path, patching.ROOT, patching.ROOT / "tests" / "vllm"],
+            str(tmp_path / name),
+            OMP_NUM_THREADS="1",
+            VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        )
+        found[name] = json.loads(out.splitlines()[-1])
+    assert found["patched"]["package"] == str(copy / "vllm")
+    assert not found["patched"]["hook"]
+    assert not found["plain"]["hook"]
+    # Without patch and hook the choice is ignored; with the patch alone it is honoured.
+    assert found["plain"]["backends"] == ["CPUAttentionBackend"]
+    assert found["patched"]["backends"] == ["BMCAttentionBackend"]
+    assert found["patched"]["tokens"] == found["plain"]["tokens"]
+    assert found["patched"]["head size 40"] == "CPUAttentionBackend"
+    assert found["patched"]["not chosen"] == "CPUAttentionBackend"
