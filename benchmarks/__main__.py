@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks kernel` and `python -m benchmarks step`."""
+"""The command line: `python -m benchmarks kernel`, `step` and `model`."""
 
 from __future__ import annotations
 
@@ -256,6 +256,94 @@ def step(
     if json is not None:
         write_json(steps_of.step_document(report, now()), json)
         console.print(f"rows: {json}", highlight=False, markup=False)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def model(
+    cases: Annotated[
+        Cases,
+        typer.Option(help="N up to 512 after a short prompt, or up to 1024 and a longer one too."),
+    ] = Cases.quick,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="How steps attend: padded (sdpa over every row that is held), sdpa (over views of "
+            "the valid rows) or native. May be given again. Default: all three.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="ROWS",
+            help="P, rows of the prompt. May be given again. Default: 16, and 256 with full.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="torch's threads. Default: the cores of the affinity mask."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every generation is run.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
+    json: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the curves to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw predicted against measured.")
+    ] = None,
+) -> None:
+    """The analytical model: r swept over real generations of transformers, against its prediction.
+
+    Ends with 1 when tokens are wrong, 2 when an option is not allowed, 3 when it cannot run here.
+    """
+    _writable(json, "--json")
+    _writable(plot, "--plot")
+    if threads is not None and not 1 <= threads <= _cores():
+        raise _refuse("--threads", f"{threads}; allowed: 1 to {_cores()}, this process's cores")
+    console = _console()
+    try:
+        from benchmarks import model as models
+        from benchmarks import model_report as reports
+    except ImportError as error:
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        raise typer.Exit(3) from None
+    from benchmarks.report import now, write_json
+
+    for name in path or ():
+        if name not in models.PATHS:
+            raise _refuse("--path", f"{name}; allowed: {', '.join(models.PATHS)}")
+    for rows in prompt or ():
+        if rows < 1:
+            raise _refuse("--prompt", f"{rows}; allowed: at least 1 row")
+    full = cases is Cases.full
+    options = models.Options(
+        lengths=(128, 256, 512, 1024) if full else (128, 256, 512),
+        prompts=tuple(dict.fromkeys(prompt)) if prompt else (16, 256) if full else (16,),
+        threads=threads or _cores(),
+        rounds=rounds,
+        batch_size=batch,
+        paths=tuple(dict.fromkeys(path)) if path else models.PATHS,
+    )
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=1.0)
+        try:
+            report = models.run(
+                options,
+                lambda text, done: progress.update(task, description=text, completed=done),
+            )
+        except (MemoryError, RuntimeError) as error:
+            progress.stop()
+            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+            raise typer.Exit(3) from None
+    reports.show_model(report, console)
+    if json is not None:
+        write_json(reports.model_document(report, now()), json)
+        console.print(f"curves: {json}", highlight=False, markup=False)
+    if plot is not None:
+        reports.draw_model(report, plot)
+        console.print(f"picture: {plot}", highlight=False, markup=False)
     if report.failures:
         raise typer.Exit(1)
 
