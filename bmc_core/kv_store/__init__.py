@@ -1,0 +1,17 @@
+"""The chunked KV store, in two layouts: plain rows, and packed for the native attention kernel."""
+
+from bmc_core.kv_store.base import GrowthPolicy, KVStore
+from bmc_core.kv_store.counters import KVCounters
+from bmc_core.kv_store.packed import PackedStore, why_not_packed
+from bmc_core.kv_store.rows import RowsStore
+from bmc_core.kv_store.tables import StepTables
+
+__all__ = [
+    "GrowthPolicy",
+    "KVCounters",
+    "KVStore",
+    "PackedStore",
+    "RowsStore",
+    "StepTables",
+    "why_not_packed",
+]

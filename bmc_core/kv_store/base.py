@@ -1,0 +1,322 @@
+"""The chunked KV store: K and V of one layer, growing as a policy says.
+
+Between two growths new rows are written in place, into the spare rows at the end. When they are
+used up, a bigger tensor is allocated and the valid rows are copied (BMC, arXiv 2511.12031).
+Forgetting the newest rows moves one counter back: no copy, no allocation.
+
+Promises: a call that raises leaves the store as it was, with its old rows usable. Knows nothing of
+layers, of models and of what the rows mean; all sequences of a store have the same number of rows.
+
+Here is what the layouts share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
+
+import torch
+
+from bmc_core.kv_store.counters import KVCounters
+
+REORDER_BYTES = 4 << 20
+"""Reordering goes through a buffer of about this size, small enough to stay in cache."""
+
+MIN_SPARE_ROWS = 16
+"""A sliding store may have at least so many spare rows, however short its window is."""
+
+
+class GrowthPolicy(Protocol):
+    """What a store asks of a policy; `bmc_core.policy.BMCPolicy` is one."""
+
+    def rows_to_hold(self, held: int, needed: int, limit: int | None = None) -> int: ...
+
+
+def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None) -> int:
+    """The policy's answer, where `limit` is an expectation that may turn out too small.
+
+    A sequence that outgrows it moves it to the double, so that the growths stay as rare as the
+    policy wants them.
+    """
+    while limit is not None and needed > limit:
+        limit = max(1, 2 * limit)
+    return policy.rows_to_hold(held, needed, limit)
+
+
+def new_tensor(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory that may be written inside and outside `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+class KVStore(ABC):
+    """K and V of one layer, `[batch, heads, rows, head size]` each, for all sequences of a batch.
+
+    Args:
+        policy: how many rows to hold when the held ones are not enough.
+        limit: rows that a sequence is expected to reach at most; None: not known. Outgrowing it is
+            allowed.
+        counters: where to count; None: counters of its own.
+
+    Attributes:
+        length: valid rows per sequence. `capacity`: rows that fit without a growth.
+        epoch: changes whenever rows that are held may have moved or changed.
+    """
+
+    layout: ClassVar[str]
+    row_multiple: ClassVar[int]
+
+    def __init__(
+        self,
+        policy: GrowthPolicy,
+        *,
+        limit: int | None = None,
+        counters: KVCounters | None = None,
+    ) -> None:
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit={limit}: expected a number of rows >= 0, or None")
+        self.policy = policy
+        self.limit = limit
+        self.counters = counters if counters is not None else KVCounters()
+        self.length = 0
+        self.capacity = 0
+        self.epoch = 0
+
+    # What a layout supplies.
+
+    @abstractmethod
+    def fits(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether batch, heads, sizes, dtype and device go with what is held."""
+
+    @abstractmethod
+    def keys(self) -> torch.Tensor:
+        """The valid keys `[batch, heads, length, key size]`."""
+
+    @abstractmethod
+    def values(self) -> torch.Tensor:
+        """The valid values `[batch, heads, length, value size]`."""
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Sequences; 0 before the first append."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """Bytes of K and V of one row of all sequences."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that are held."""
+
+    @abstractmethod
+    def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes shapes, dtype and device from the first rows; holds nothing yet."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Lets go of the tensors."""
+
+    @abstractmethod
+    def _hold(self, capacity: int, dropped: int) -> None:
+        """Holds `capacity` rows in new tensors, the first `dropped` valid rows left out."""
+
+    @abstractmethod
+    def _slide(self, dropped: int) -> None:
+        """Moves the valid rows after the first `dropped` to the beginning."""
+
+    @abstractmethod
+    def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Writes rows behind the valid ones; there is room."""
+
+    @abstractmethod
+    def _gathered(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """New tensors whose sequence i is this store's `indices[i]`; nothing changes yet."""
+
+    @abstractmethod
+    def _adopt(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Replaces the tensors by `_gathered`'s."""
+
+    @abstractmethod
+    def _reorder(self, indices: torch.Tensor) -> None:
+        """Sequence i becomes what `indices[i]` was, in place."""
+
+    # What a user calls.
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, *, keep: int | None = None) -> int:
+        """Adds new rows behind the valid ones.
+
+        Args:
+            key: `[batch, heads, rows, key size]`; its values are copied, gradients are not kept.
+            value: `[batch, heads, rows, value size]`, same dtype and device.
+            keep: rows, counted back from the newest valid one, that must stay; the store may drop
+                older ones rather than grow. None: all stay.
+
+        Returns:
+            How many of the oldest rows were dropped.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not go with each other or with what is held.
+            RuntimeError: no memory for a growth (torch's allocator). The store is as before.
+        """
+        if self.length == 0 and (self.capacity == 0 or not self.fits(key, value)):
+            self._check_rows(key, value)
+            self.release()
+            self._start(key, value)
+        elif not self.fits(key, value):
+            raise ValueError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} of {key.dtype} on "
+                f"{key.device} do not go with the rows that are held; allowed: {self._held()}"
+            )
+        dropped = self._make_room(key.shape[2], keep)
+        self._write(key.detach(), value.detach())
+        self.length += key.shape[2]
+        return dropped
+
+    def truncate(self, length: int) -> None:
+        """Forgets the newest rows: one counter, no copy, no allocation.
+
+        Raises:
+            ValueError: `length` is negative or above the valid rows.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length={length}: expected 0 to {self.length} (the valid rows)")
+        if length < self.length:
+            self.length = length
+            self.epoch += 1
+
+    def clear(self) -> None:
+        """Forgets all rows and keeps the memory."""
+        self.truncate(0)
+
+    def release(self) -> None:
+        """Forgets all rows and gives the memory back; the next rows may be of any shape."""
+        self.counters.released(self.num_bytes)
+        self._release()
+        self.length = self.capacity = 0
+        self.epoch += 1
+
+    def reorder(self, indices: torch.Tensor) -> None:
+        """Sequence i becomes what `indices[i]` was (beam search), in place.
+
+        Raises:
+            ValueError, IndexError: not one index of a sequence for each sequence.
+        """
+        indices = self.check_reorder(indices)
+        if self.length and not torch.equal(indices.cpu(), torch.arange(self.batch_size)):
+            self._reorder(indices)
+            self.epoch += 1
+            self.counters.copied(self.length, self.length * self.row_bytes)
+
+    def check_reorder(self, indices: torch.Tensor) -> torch.Tensor:
+        """Raises what `reorder` would raise; returns the indices as it uses them."""
+        indices = self._checked_indices(indices)
+        if indices.shape[0] != self.batch_size:
+            raise ValueError(
+                f"indices: {indices.shape[0]} of them; allowed: {self.batch_size}, one per sequence"
+            )
+        return indices
+
+    def gathered(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """First half of a change of the batch: the new tensors, to be given to `adopt`.
+
+        Two halves, so that a caller with many stores can allocate for all before it changes any.
+
+        Raises:
+            ValueError, IndexError: an index that names no sequence. Nothing changed.
+            RuntimeError: no memory. Nothing changed.
+        """
+        return self._gathered(self._checked_indices(indices))
+
+    def adopt(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Second half: sequence i is now what `indices[i]` was when `gathered` was called."""
+        before = self.num_bytes
+        self._adopt(tensors)
+        self.epoch += 1
+        self.counters.allocated(self.num_bytes)
+        self.counters.released(before)
+        self.counters.copied(self.length, self.length * self.row_bytes)
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Sequence i is now what `indices[i]` was; the batch may become smaller or larger."""
+        self.adopt(self.gathered(indices))
+
+    # Shared inside.
+
+    def _make_room(self, rows: int, keep: int | None) -> int:
+        """Room for `rows` more; returns how many of the oldest rows were dropped."""
+        droppable = 0
+        if keep is not None and self.length > keep:
+            droppable = (self.length - keep) // self.row_multiple * self.row_multiple
+        if self.length + rows <= self.capacity:
+            # A window's store that a long prompt made much too large gives the memory back.
+            oversized = droppable > self.capacity // 2 and self.capacity > 1024
+            if not oversized:
+                return 0
+        if droppable == 0:
+            target = rows_to_hold(self.policy, self.capacity, self.length + rows, self.limit)
+            self._resize(target, 0)
+            return 0
+        needed = self.length - droppable + rows
+        target = self._window_capacity(needed, keep or 0)
+        if target <= self.capacity <= 2 * target:
+            self.counters.copied(
+                self.length - droppable, (self.length - droppable) * self.row_bytes
+            )
+            self._slide(droppable)
+        else:
+            self._resize(target, droppable)
+        self.length -= droppable
+        self.epoch += 1
+        return droppable
+
+    def _window_capacity(self, needed: int, keep: int) -> int:
+        """Rows for a window: as much spare as the policy gives, at most one more window."""
+        target = rows_to_hold(self.policy, needed, needed + 1, self.limit)
+        return self._rounded(min(target, needed + max(keep, MIN_SPARE_ROWS)))
+
+    def _resize(self, capacity: int, dropped: int) -> None:
+        capacity = self._rounded(capacity)
+        kept = self.length - dropped
+        self._hold(capacity, dropped)
+        self.counters.growths += 1
+        if kept:
+            self.counters.copied(kept, kept * self.row_bytes)
+        self.epoch += 1
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self.row_multiple) * self.row_multiple
+
+    def _checked_indices(self, indices: torch.Tensor) -> torch.Tensor:
+        if indices.dtype == torch.bool and indices.shape == (self.batch_size,):
+            indices = indices.nonzero().flatten()
+        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"indices of shape {tuple(indices.shape)} and {indices.dtype}; "
+                "allowed: one dimension of integers"
+            )
+        batch = self.batch_size
+        if indices.numel() and not (-batch <= int(indices.min()) <= int(indices.max()) < batch):
+            raise IndexError(f"indices {indices.tolist()}: allowed are {-batch} to {batch - 1}")
+        return torch.where(indices < 0, indices + batch, indices).to(torch.int64)
+
+    def _check_rows(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
+            raise ValueError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)}: "
+                "expected [batch, heads, rows, head size] with the same first three"
+            )
+        if key.dtype != value.dtype or key.device != value.device:
+            raise ValueError(
+                f"value is {value.dtype} on {value.device}; allowed: {key.dtype} on {key.device} "
+                "(key's)"
+            )
+
+    def _held(self) -> str:
+        keys, values = self.keys(), self.values()
+        return (
+            f"{keys.dtype} on {keys.device}, key [{keys.shape[0]}, {keys.shape[1]}, rows, "
+            f"{keys.shape[3]}], value [.., rows, {values.shape[3]}]"
+        )

@@ -1,0 +1,168 @@
+"""The layout "rows": K and V as plain tensors, any device, any dtype.
+
+`keys` and `values` are views of the valid rows, never the padded tensors: whoever attends over them
+sees no spare row. A view is good until the store changes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bmc_core.kv_store.base import REORDER_BYTES, KVStore, new_tensor
+
+
+class RowsStore(KVStore):
+    """Two tensors `[batch, heads, capacity, size]`; K and V may differ in size.
+
+    They grow one after the other, so that only one of them exists twice at a time.
+    """
+
+    layout = "rows"
+    row_multiple = 1
+
+    _key: torch.Tensor | None = None
+    _value: torch.Tensor | None = None
+
+    def fits(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        return (
+            self._key is not None
+            and self._value is not None
+            and _same_but_rows(key, self._key)
+            and _same_but_rows(value, self._value)
+            and key.shape[2] == value.shape[2]
+        )
+
+    def keys(self) -> torch.Tensor:
+        return self._tensors()[0].narrow(2, 0, self.length)
+
+    def values(self) -> torch.Tensor:
+        return self._tensors()[1].narrow(2, 0, self.length)
+
+    @property
+    def batch_size(self) -> int:
+        return 0 if self._key is None else self._key.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(
+            tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+            for tensor in self._tensors()
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self._key is None else sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._key is None or self._value is None:
+            raise RuntimeError("the KV store is empty: nothing was appended yet")
+        return self._key, self._value
+
+    def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._key = new_tensor((*key.shape[:2], 0, key.shape[3]), key)
+        self._value = new_tensor((*value.shape[:2], 0, value.shape[3]), value)
+
+    def _release(self) -> None:
+        self._key = self._value = None
+
+    def _hold(self, capacity: int, dropped: int) -> None:
+        key, value = self._tensors()
+        if dropped:
+            both = (
+                self._resized(key, capacity, dropped),
+                self._resized(value, capacity, dropped),
+            )
+            self._key, self._value = both
+            self.counters.allocated(sum(tensor.nbytes for tensor in both))
+            self.counters.released(key.nbytes + value.nbytes)
+        else:
+            # Should the second fail, K has more room than `capacity` says: no harm.
+            if key.shape[2] != capacity:
+                self._key = self._resized(key, capacity, 0)
+                self.counters.allocated(self._key.nbytes)
+                self.counters.released(key.nbytes)
+                del key
+            if value.shape[2] != capacity:
+                self._value = self._resized(value, capacity, 0)
+                self.counters.allocated(self._value.nbytes)
+                self.counters.released(value.nbytes)
+        self.capacity = capacity
+
+    def _resized(self, tensor: torch.Tensor, capacity: int, dropped: int) -> torch.Tensor:
+        resized = new_tensor((*tensor.shape[:2], capacity, tensor.shape[3]), tensor)
+        kept = self.length - dropped
+        resized.narrow(2, 0, kept).copy_(tensor.narrow(2, dropped, kept))
+        return resized
+
+    def _slide(self, dropped: int) -> None:
+        for tensor in self._tensors():
+            move_to_front(tensor, dropped, self.length)
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        for tensor, rows in zip(self._tensors(), (key, value), strict=True):
+            tensor.narrow(2, self.length, rows.shape[2]).copy_(rows)
+
+    def _gathered(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gathered(tensor, indices, self.length) for tensor in self._tensors())
+
+    def _adopt(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._key, self._value = tensors
+
+    def _reorder(self, indices: torch.Tensor) -> None:
+        parts = [tensor.narrow(2, 0, self.length) for tensor in self._tensors()]
+        reorder_in_place(parts, indices)
+
+
+def _same_but_rows(rows: torch.Tensor, held: torch.Tensor) -> bool:
+    return (
+        rows.dim() == 4
+        and rows.shape[:2] == held.shape[:2]
+        and rows.shape[3] == held.shape[3]
+        and rows.dtype == held.dtype
+        and rows.device == held.device
+    )
+
+
+def gathered(tensor: torch.Tensor, indices: torch.Tensor, rows: int) -> torch.Tensor:
+    """A new tensor like `tensor` (dimensions: sequences, heads, rows, ...) of other sequences.
+
+    Only the first `rows` rows are copied.
+    """
+    result = new_tensor((indices.shape[0], *tensor.shape[1:]), tensor)
+    for target, source in enumerate(indices.tolist()):
+        result[target].narrow(1, 0, rows).copy_(tensor[source].narrow(1, 0, rows))
+    return result
+
+
+def move_to_front(tensor: torch.Tensor, first: int, end: int) -> None:
+    """Elements [first, end) of dimension 2 move to its beginning."""
+    kept = end - first
+    if kept > 8 * first:  # many tiny pieces: one copy through a second tensor is faster
+        tensor.narrow(2, 0, kept).copy_(tensor.narrow(2, first, kept).clone())
+        return
+    for begin in range(0, kept, first):  # no piece overlaps where it goes
+        count = min(first, kept - begin)
+        tensor.narrow(2, begin, count).copy_(tensor.narrow(2, begin + first, count))
+
+
+def reorder_in_place(parts: list[torch.Tensor], indices: torch.Tensor) -> None:
+    """Along dimension 0 of each part, entry i becomes what `indices[i]` was.
+
+    Goes head by head (dimension 1) through one small buffer that is allocated before anything is
+    changed.
+    """
+    indices = indices.to(parts[0].device)
+    per_head = max(part[:, 0].nbytes for part in parts)
+    heads = max(1, min(parts[0].shape[1], REORDER_BYTES // max(1, per_head)))
+    buffers = [
+        torch.empty_like(part[:, :heads], memory_format=torch.contiguous_format) for part in parts
+    ]
+    for part, buffer in zip(parts, buffers, strict=True):
+        for begin in range(0, part.shape[1], heads):
+            source = part[:, begin : begin + heads]
+            copy = buffer[:, : source.shape[1]]
+            if copy.is_contiguous():
+                torch.index_select(source, 0, indices, out=copy)
+            else:
+                copy.copy_(source.index_select(0, indices))
+            source.copy_(copy)

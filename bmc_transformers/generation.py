@@ -1,0 +1,288 @@
+"""`enable` and `disable`: every `generate` of a model uses a BMCCache, and no longer does.
+
+`enable` puts two methods on the model object, not on its class: `_prepare_cache_for_generation`, so
+that the cache which `generate` would make is a BMCCache, and `generate`, so that an assistant model
+given to it gets one too. `disable` takes away exactly what `enable` put there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal, TypeVar
+
+import torch
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+
+from bmc_core.kv_store import GrowthPolicy
+from bmc_transformers import attention as bmc_attention
+from bmc_transformers import linears
+from bmc_transformers.cache import BMCCache, PolicyLike, as_policy, unsupported_layer_types
+from bmc_transformers.log import say_once
+from bmc_transformers.policies import policy_for
+
+Attention = Literal["bmc", "stock"]
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+_STATE = "_bmc"
+_ASSISTANT_POSITION = list(GenerationMixin.generate.__annotations__).index("assistant_model")
+
+
+@dataclass
+class _Enabled:
+    """What `enable` was told, and what was there before."""
+
+    policy: GrowthPolicy
+    attention: Attention
+    previous_methods: dict[str, Any] = field(default_factory=dict)
+    previous_attention: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+def enable(
+    model: Model,
+    policy: PolicyLike = "auto",
+    *,
+    attention: Attention | None = None,
+    pack_linears: bool = False,
+) -> Model:
+    """Makes every `generate` of this model use a BMCCache; called again, it changes the settings.
+
+    `generate` behaves as before where it is given `past_key_values`, `cache_implementation` or
+    `use_cache=False`.
+
+    Args:
+        model: a decoder-only transformers model. Changed in place.
+        policy: a `BMCPolicy`, an int r, or "auto" (chosen for each `generate` by what this machine
+            was measured to do).
+        attention: "bmc": the native kernel, CPU only. "stock": the model's attention stays as it
+            is. None: "bmc" where model and device allow it.
+        pack_linears: also pack the weights of linear layers for oneDNN (see `linears`).
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: not a model with `generate`, or a setting of the wrong type.
+        ValueError: a model whose cache is not K and V of a decoder, or a setting that this model
+            cannot have. The model is as before.
+    """
+    _check_model(model)
+    settings = _Enabled(as_policy(policy), _choose_attention(model, attention))
+    if pack_linears not in (True, False):
+        raise TypeError(f"pack_linears={pack_linears!r}: allowed are True and False")
+    before = vars(model).get(_STATE)
+    if before is None:
+        _put_methods(model, settings)
+    else:
+        settings.previous_methods = before.previous_methods
+        settings.previous_attention = before.previous_attention
+    vars(model)[_STATE] = settings
+    try:
+        _set_attention(model, settings)
+        if pack_linears:
+            linears.pack_linears(model)
+        else:
+            linears.unpack_linears(model)
+    except BaseException:
+        disable(model)
+        raise
+    return model
+
+
+def disable(model: Model) -> Model:
+    """Undoes `enable`: methods, attention implementation and weights are as they were before.
+
+    A model that is not enabled stays as it is. Returns the model.
+    """
+    settings = vars(model).pop(_STATE, None)
+    if settings is None:
+        return model
+    for name, previous in settings.previous_methods.items():
+        if previous is None:
+            vars(model).pop(name, None)
+        else:
+            vars(model)[name] = previous
+    _restore_attention(settings)
+    linears.unpack_linears(model)
+    return model
+
+
+def is_enabled(model: torch.nn.Module) -> bool:
+    """Whether `enable` was called for this model object."""
+    return _STATE in vars(model)
+
+
+def _check_model(model: Any) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(f"model is a {name}; allowed: a transformers model with generate()")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model {name} is an encoder-decoder; allowed: decoder-only models")
+    if not model._supports_default_dynamic_cache() or "mamba" in name.lower():  # type: ignore[misc]
+        raise ValueError(f"model {name} has a cache of its own kind; allowed: K and V per layer")
+    unsupported = unsupported_layer_types(model.config)
+    if unsupported:
+        raise ValueError(
+            f"model {name} has layers of type {', '.join(unsupported)}, which hold more than K and "
+            "V; allowed: full, sliding or chunked attention"
+        )
+
+
+def _choose_attention(model: PreTrainedModel, attention: str | None) -> Attention:
+    name = type(model).__name__
+    if attention not in (None, "bmc", "stock"):
+        raise ValueError(f'attention={attention!r}: allowed are "bmc", "stock" and None')
+    if attention == "stock":
+        return "stock"
+    reason = None
+    if not model._can_set_attn_implementation():
+        reason = f"{name} has no attention interface"
+    elif model.device.type != "cpu":
+        reason = f"{name} is on {model.device}, and the native kernel is for the CPU"
+    if reason is None:
+        return "bmc"
+    if attention == "bmc":
+        raise ValueError(f'attention="bmc": {reason}; allowed: "stock" or None')
+    say_once(f"bmc_transformers: cache without the native kernel, because {reason}")
+    return "stock"
+
+
+def _put_methods(model: PreTrainedModel, settings: _Enabled) -> None:
+    for name, function in (
+        ("_prepare_cache_for_generation", _prepare_cache_for_generation),
+        ("generate", _generate),
+    ):
+        settings.previous_methods[name] = vars(model).get(name)
+        # A bound method, so that a deep copy of the model is bound to the copy.
+        vars(model)[name] = MethodType(function, model)
+
+
+def _previous(model: PreTrainedModel, name: str) -> Any:
+    """The method as it was before `enable`."""
+    previous = vars(model)[_STATE].previous_methods[name]
+    return getattr(type(model), name).__get__(model) if previous is None else previous
+
+
+def _prepare_cache_for_generation(
+    self: PreTrainedModel,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    given = model_kwargs.get("past_key_values")
+    result = _previous(self, "_prepare_cache_for_generation")(
+        generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
+    made = model_kwargs.get("past_key_values")
+    if (
+        given is not None
+        or generation_config.cache_implementation is not None
+        or type(made) is not DynamicCache
+    ):
+        return result
+    settings = vars(self)[_STATE]
+    assistant = bool(generation_config.is_assistant)
+    # An assistant is asked for a few tokens at a time; how far it will get, it is not told.
+    known = not assistant or getattr(settings.policy, "needs_limit", False)
+    max_length = max_cache_length if known else None
+    beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    policy = policy_for(
+        self,
+        settings.policy,
+        batch_size=batch_size * beams,
+        prompt_rows=_prompt_rows(model_kwargs, generation_config),
+        total_rows=max_length,
+        native=settings.attention == "bmc",
+        draft_tokens=generation_config.prompt_lookup_num_tokens or 0,
+    )
+    cache = BMCCache(self.config, policy, max_length=max_length)
+    if assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    return result
+
+
+def _prompt_rows(model_kwargs: dict[str, Any], generation_config: Any) -> int:
+    """Rows of the prompt, from whatever `generate` has prepared by now; 0: not known."""
+    for name in ("attention_mask", "position_ids"):
+        tensor = model_kwargs.get(name)
+        if isinstance(tensor, torch.Tensor):
+            return tensor.shape[-1]
+    return getattr(generation_config, "_mask_length", None) or 0
+
+
+@functools.wraps(GenerationMixin.generate)
+def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    assistant = kwargs.get("assistant_model")
+    if assistant is None and len(args) > _ASSISTANT_POSITION:
+        assistant = args[_ASSISTANT_POSITION]
+    with _assistant_enabled(assistant, vars(self)[_STATE]):
+        return _previous(self, "generate")(*args, **kwargs)
+
+
+@contextmanager
+def _assistant_enabled(assistant: Any, settings: _Enabled) -> Iterator[None]:
+    """The assistant has the model's settings while `generate` runs, if it can and has none."""
+    if not isinstance(assistant, PreTrainedModel) or is_enabled(assistant):
+        yield
+        return
+    try:
+        enable(
+            assistant,
+            settings.policy,
+            attention=None if settings.attention == "bmc" else "stock",
+        )
+    except (TypeError, ValueError) as error:
+        say_once(f"bmc_transformers: the assistant keeps its own cache: {error}")
+    try:
+        yield
+    finally:
+        disable(assistant)
+
+
+def _set_attention(model: PreTrainedModel, settings: _Enabled) -> None:
+    if settings.attention == "stock":
+        _restore_attention(settings)
+        return
+    bmc_attention.register_attention()
+    if not settings.previous_attention:
+        settings.previous_attention = [
+            (config, config._attn_implementation_internal) for config in _configs(model)
+        ]
+    model.set_attn_implementation(_for_decoder(model, bmc_attention.NAME))
+
+
+def _for_decoder(model: PreTrainedModel, name: str) -> str | dict[str, str]:
+    """An attention implementation for the decoder of a model that may have other parts."""
+    decoder = model.config.get_text_config(decoder=True)
+    for key in model.config.sub_configs:
+        if getattr(model.config, key, None) is decoder:
+            return {"": model.config._attn_implementation, key: name}
+    return name
+
+
+def _restore_attention(settings: _Enabled) -> None:
+    for config, implementation in settings.previous_attention:
+        # What the user has chosen since then stays.
+        if config._attn_implementation == bmc_attention.NAME:
+            config._attn_implementation_internal = implementation
+    settings.previous_attention = []
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every config of the model and its parts, once."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    for key in model.config.sub_configs:
+        config = getattr(model.config, key, None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())

@@ -1,0 +1,348 @@
+"""The chunked KV store, in both layouts, against a plain list of rows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from bmc_core.attention import DTYPES
+from bmc_core.kv_store import KVCounters, KVStore, PackedStore, RowsStore, why_not_packed
+from bmc_core.policy import BMCPolicy
+
+HEADS, SIZE = 2, 32
+LAYOUTS = {"rows": RowsStore, "packed": PackedStore}
+POLICIES = [
+    BMCPolicy(r=1),
+    BMCPolicy(r=7),
+    BMCPolicy(r=16),
+    BMCPolicy(r=128),
+    BMCPolicy(T=3),
+    BMCPolicy.growing(),
+    BMCPolicy.up_front(),
+]
+
+
+def random_rows(batch: int, rows: int, dtype: torch.dtype = torch.float32, size: int = SIZE):
+    """K and V, their memory laid out as a model's projections give it."""
+    return tuple(torch.randn(batch, rows, HEADS, size).to(dtype).transpose(1, 2) for _ in "kv")
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Every operation on a store and on two plain tensors of valid rows."""
+
+    layout: str
+
+    @initialize(
+        policy=st.sampled_from(POLICIES),
+        batch=st.integers(1, 4),
+        dtype=st.sampled_from(DTYPES),
+        limit=st.sampled_from([40, 100, 300]),
+        seed=st.integers(0, 2**16),
+    )
+    def start(self, policy, batch, dtype, limit, seed):
+        torch.manual_seed(seed)
+        self.store: KVStore = LAYOUTS[self.layout](policy, limit=limit)
+        self.batch, self.dtype = batch, dtype
+        self.key, self.value = random_rows(batch, 0, dtype)
+
+    @rule(rows=st.integers(0, 3) | st.integers(0, 70), inference=st.booleans())
+    def append(self, rows, inference):
+        key, value = random_rows(self.batch, rows, self.dtype)
+        with torch.inference_mode(inference):
+            assert self.store.append(key, value) == 0
+        self.key = torch.cat((self.key, key), dim=2)
+        self.value = torch.cat((self.value, value), dim=2)
+
+    @rule(rows=st.integers(1, 30), keep=st.integers(0, 60))
+    def append_to_window(self, rows, keep):
+        key, value = random_rows(self.batch, rows, self.dtype)
+        before = self.store.length
+        dropped = self.store.append(key, value, keep=keep)
+        assert 0 <= dropped <= max(0, before - keep)
+        self.key = torch.cat((self.key, key), dim=2)[:, :, dropped:]
+        self.value = torch.cat((self.value, value), dim=2)[:, :, dropped:]
+
+    @rule(fraction=st.floats(0, 1))
+    def truncate(self, fraction):
+        length = int(fraction * self.store.length)
+        counters = copy.copy(self.store.counters)
+        self.store.truncate(length)
+        assert self.store.counters == counters  # no copy, no allocation
+        self.key, self.value = self.key[:, :, :length], self.value[:, :, :length]
+
+    def _choose(self, indices):
+        self.key, self.value = self.key[indices], self.value[indices]
+        self.batch = len(indices)
+
+    @precondition(lambda self: self.store.batch_size == self.batch)
+    @rule(data=st.data())
+    def reorder(self, data):
+        one = st.integers(-self.batch, self.batch - 1)
+        indices = torch.tensor(data.draw(st.lists(one, min_size=self.batch, max_size=self.batch)))
+        held = self.store.counters.bytes_allocated
+        self.store.reorder(indices)
+        assert self.store.counters.bytes_allocated == held
+        self._choose(indices)
+
+    @precondition(lambda self: self.store.batch_size == self.batch)
+    @rule(data=st.data())
+    def select(self, data):
+        one = st.integers(0, self.batch - 1)
+        indices = torch.tensor(data.draw(st.lists(one, min_size=1, max_size=5)))
+        self.store.select(indices)
+        self._choose(indices)
+
+    @precondition(lambda self: self.store.batch_size)
+    @rule(other_batch=st.booleans())
+    def clear(self, other_batch):
+        capacity = self.store.capacity
+        self.store.clear()
+        assert self.store.capacity == capacity
+        if other_batch:
+            self.batch = self.batch % 4 + 1
+        self.key, self.value = random_rows(self.batch, 0, self.dtype)
+
+    @precondition(lambda self: self.store.length)
+    @rule()
+    def fail_to_grow(self):
+        policy, limit = self.store.policy, self.store.limit
+        self.store.policy, self.store.limit = BMCPolicy(r=2**50), None
+        rows = self.store.capacity - self.store.length + 1
+        try:
+            with pytest.raises(RuntimeError, match="allocate"):
+                self.store.append(*random_rows(self.batch, rows, self.dtype))
+        finally:
+            self.store.policy, self.store.limit = policy, limit
+
+    @invariant()
+    def same_rows(self):
+        store = self.store
+        assert store.capacity >= store.length == self.key.shape[2]
+        assert store.capacity % store.row_multiple == 0
+        assert store.counters.bytes_held == store.num_bytes
+        assert store.counters.bytes_peak >= store.num_bytes
+        if store.batch_size and store.batch_size == self.batch:
+            assert torch.equal(store.keys(), self.key)
+            assert torch.equal(store.values(), self.value)
+
+
+class RowsMachine(StoreMachine):
+    layout = "rows"
+
+
+class PackedMachine(StoreMachine):
+    layout = "packed"
+
+
+for machine in (RowsMachine, PackedMachine):
+    machine.TestCase.settings = settings(
+        max_examples=150, stateful_step_count=25, deadline=None, derandomize=True
+    )
+TestRowsStore = RowsMachine.TestCase
+TestPackedStore = PackedMachine.TestCase
+
+
+@pytest.fixture(params=LAYOUTS)
+def store(request) -> KVStore:
+    return LAYOUTS[request.param](BMCPolicy(r=32))
+
+
+def filled(store: KVStore, batch: int = 3, rows: int = 40) -> KVStore:
+    store.append(*random_rows(batch, rows))
+    return store
+
+
+def test_growths_are_the_policys(store: KVStore) -> None:
+    for _ in range(100):
+        store.append(*random_rows(1, 1))
+    assert store.capacity == 128
+    assert store.counters.growths == 4
+    assert store.counters.rows_copied == 32 + 64 + 96
+    row = 2 * HEADS * SIZE * 4
+    assert store.counters.bytes_copied == (32 + 64 + 96) * row
+    assert store.counters.bytes_allocated == (32 + 64 + 96 + 128) * row
+
+
+def test_plain_rows_are_views_of_the_valid_rows() -> None:
+    store = filled(RowsStore(BMCPolicy(r=64)))
+    assert store.keys().shape == (3, HEADS, 40, SIZE)
+    assert store.keys().untyped_storage().nbytes() == 3 * HEADS * 64 * SIZE * 4
+
+
+def test_k_and_v_of_plain_rows_may_differ_in_size_and_be_of_any_dtype() -> None:
+    store = RowsStore(BMCPolicy(r=8))
+    key = torch.randn(2, 3, 5, 24, dtype=torch.float64)
+    value = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    store.append(key, value)
+    store.append(key, value)
+    assert torch.equal(store.keys(), torch.cat((key, key), dim=2))
+    assert torch.equal(store.values(), torch.cat((value, value), dim=2))
+
+
+def test_a_limit_is_not_exceeded_and_may_be_outgrown(store: KVStore) -> None:
+    store.limit = 48
+    filled(store)
+    assert store.capacity == 48
+    store.append(*random_rows(3, 20))
+    assert store.capacity == 80
+
+
+def test_a_window_keeps_its_memory_bounded(store: KVStore) -> None:
+    store.append(*random_rows(1, 3000))
+    for _ in range(500):
+        store.append(*random_rows(1, 1), keep=50)
+    assert store.capacity <= 128
+    assert store.length >= 50
+
+
+def test_attention_sees_what_the_arguments_say() -> None:
+    torch.manual_seed(0)
+    store = filled(PackedStore(BMCPolicy(r=32)), batch=2, rows=50)
+    query = torch.randn(2, 4, 3, SIZE)
+    first = torch.tensor([0, 7], dtype=torch.int32)
+    out = store.attend(query, scale=0.3, rows=45, first_rows=first, sliding_window=41)
+    key_rows, query_rows = torch.arange(50), torch.arange(47, 50)
+    visible = key_rows <= query_rows[:, None]
+    visible &= key_rows > query_rows[:, None] - 41
+    mask = visible & (key_rows >= (5 + first)[:, None, None, None])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, store.keys(), store.values(), attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def test_gradients_do_not_enter_the_store(store: KVStore) -> None:
+    key, value = random_rows(1, 3)
+    store.append(key.requires_grad_(), value.requires_grad_())
+    assert not store.keys().requires_grad
+    assert torch.equal(store.keys(), key)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_tensors_of_inference_mode_may_be_used_outside(store: KVStore, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        filled(store)
+        store.reorder(torch.tensor([2, 1, 0]))
+        store.select(torch.tensor([0, 1]))
+    with torch.inference_mode(not inference):
+        store.append(*random_rows(2, 40))
+        store.reorder(torch.tensor([1, 0]))
+    assert store.length == 80
+
+
+def test_copies_and_pickles_are_stores_of_their_own(store: KVStore) -> None:
+    filled(store)
+    key = store.keys().clone()
+    for twin in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
+        twin.append(*random_rows(3, 1))
+        twin.reorder(torch.tensor([1, 0, 2]))
+        assert torch.equal(twin.keys()[:, :, :40], key[[1, 0, 2]])
+    assert torch.equal(store.keys(), key)
+
+
+def test_counters_may_be_shared() -> None:
+    counters = KVCounters()
+    stores = [RowsStore(BMCPolicy(r=16), counters=counters) for _ in range(3)]
+    for one in stores:
+        filled(one)
+    assert counters.growths == 3
+    assert counters.bytes_held == sum(one.num_bytes for one in stores)
+    stores[0].release()
+    assert counters.bytes_held == sum(one.num_bytes for one in stores[1:])
+    assert stores[0].length == stores[0].capacity == stores[0].num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda s: s.append(*random_rows(2, 1)), ValueError, r"key \(2, 2, 1, 32\) .* allowed: "),
+        (lambda s: s.append(*random_rows(3, 1, torch.float16)), ValueError, "float16"),
+        (lambda s: s.append(*random_rows(3, 1, size=48)), ValueError, "allowed: "),
+        (lambda s: s.truncate(41), ValueError, "length=41: expected 0 to 40"),
+        (lambda s: s.truncate(-1), ValueError, "length=-1"),
+        (lambda s: s.reorder(torch.tensor([0, 1])), ValueError, "2 of them; allowed: 3"),
+        (lambda s: s.reorder(torch.tensor([0, 1, 3])), IndexError, r"\[0, 1, 3\]: allowed are"),
+        (lambda s: s.select(torch.tensor([-4])), IndexError, "allowed are -3 to 2"),
+        (lambda s: s.select(torch.tensor([0.5])), ValueError, "integers"),
+        (lambda s: s.select(torch.tensor([[0]])), ValueError, "one dimension"),
+    ],
+)
+def test_bad_calls_are_refused_and_change_nothing(store, call, error, message) -> None:
+    filled(store)
+    key, length, counters = store.keys().clone(), store.length, copy.copy(store.counters)
+    with pytest.raises(error, match=message):
+        call(store)
+    assert (store.length, store.counters) == (length, counters)
+    assert torch.equal(store.keys(), key)
+
+
+def test_first_rows_must_go_together(store: KVStore) -> None:
+    key, value = random_rows(1, 2)
+    with pytest.raises(ValueError, match="expected \\[batch, heads, rows, head size\\]"):
+        store.append(key, value[:, :, :1])
+    with pytest.raises(ValueError, match="value is torch.float16"):
+        store.append(key, value.half())
+    assert store.length == 0
+    with pytest.raises(ValueError, match="limit=-1"):
+        type(store)(BMCPolicy(), limit=-1)
+
+
+def test_what_the_packed_layout_cannot_hold_is_said() -> None:
+    key, value = random_rows(1, 1)
+    assert why_not_packed(key, value) is None
+    assert "float64" in str(why_not_packed(key.double(), value.double()))
+    assert "40" in str(why_not_packed(*random_rows(1, 1, size=40)))
+    assert "differ" in str(why_not_packed(key, random_rows(1, 1, size=48)[1]))
+    assert "meta" in str(why_not_packed(key.to("meta"), value.to("meta")))
+    with pytest.raises(ValueError, match='layout "packed" is not possible: the head size is 40'):
+        PackedStore(BMCPolicy()).append(*random_rows(1, 1, size=40))
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from bmc_core.kv_store import PackedStore, RowsStore
+from bmc_core.policy import BMCPolicy
+
+store = {layout}(BMCPolicy(r=64))
+rows = torch.randn(2, 4, 64, 64)
+store.append(rows, rows)
+torch.ones(8, 8) @ torch.ones(8, 8)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))
+big = torch.randn(2, 4, 64, 64).expand(2, 4, 64, 64)
+failed_at = None
+for step in range(4000):
+    try:
+        store.append(big, big)
+    except RuntimeError as error:
+        assert "allocate" in str(error), error
+        failed_at = store.length
+        break
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert failed_at and failed_at == store.length and failed_at % 64 == 0
+assert torch.equal(store.keys()[:, :, :64], rows) and torch.equal(store.values()[:, :, -64:], big)
+store.append(big, big)
+assert torch.equal(store.keys()[:, :, -64:], big) and store.length == failed_at + 64
+print("recovered", failed_at)
+"""
+
+
+@pytest.mark.parametrize("layout", ["RowsStore", "PackedStore"])
+def test_a_growth_that_finds_no_memory_leaves_the_rows(layout: str) -> None:
+    """A real failure of the allocator, in a process whose address space is limited."""
+    if resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY:
+        pytest.skip("the address space is limited already")
+    script = OUT_OF_MEMORY.format(layout=layout)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("recovered")

@@ -1,0 +1,420 @@
+"""BMCCache beside DynamicCache: the same answers to the same calls, in both layouts."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import build, generated, prompt
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from transformers import DynamicCache, Gemma2Config, Qwen3NextConfig, T5Config
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from bmc_core.policy import BMCPolicy
+from bmc_transformers import BMCCache, enable, register_attention
+from bmc_transformers.layers import BMCSlidingLayer
+from bmc_transformers.lazy import PackedRows
+
+HEADS, SIZE, WINDOW = 2, 32, 9
+
+
+def config(layout: str = "packed", window: int = WINDOW) -> Gemma2Config:
+    """A layer with a window, then one without."""
+    register_attention()
+    made = Gemma2Config(
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=SIZE,
+        sliding_window=window,
+        max_position_embeddings=256,
+    )
+    made._attn_implementation = "bmc" if layout == "packed" else "sdpa"
+    return made
+
+
+def rows(batch: int, count: int) -> torch.Tensor:
+    return torch.randn(batch, HEADS, count, SIZE)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Every call goes to both caches."""
+
+    layout: str
+
+    @initialize(
+        r=st.sampled_from([1, 5, 16, 64]),
+        batch=st.integers(1, 3),
+        record=st.booleans(),
+        window=st.sampled_from([2, WINDOW, 40]),
+        max_length=st.none() | st.integers(1, 80),
+    )
+    def start(self, r, batch, record, window, max_length):
+        torch.manual_seed(r)
+        self.batch = batch
+        self.since_crop = 0
+        chosen = config(self.layout, window)
+        self.ours = BMCCache(chosen, r, max_length=max_length)
+        self.stock = DynamicCache(config=chosen)
+        if record:
+            self.ours.activate_past_recording()
+            self.stock.activate_past_recording()
+
+    @rule(count=st.integers(1, 3) | st.integers(1, 50), inference=st.booleans())
+    def step(self, count, inference):
+        self.since_crop += count
+        for layer in range(2):
+            sizes = self.ours.get_mask_sizes(count, layer)
+            assert sizes == self.stock.get_mask_sizes(count, layer)
+            key, value = rows(self.batch, count), rows(self.batch, count)
+            with torch.inference_mode(inference):
+                ours = self.ours.update(key, value, layer)
+            stock = self.stock.update(key, value, layer)
+            for one, other in zip(ours, stock, strict=True):
+                assert one.shape == other.shape
+                assert one.shape[2] == sizes[0]
+                assert torch.equal(one + 0, other)
+
+    @precondition(lambda self: self.stock.get_seq_length())  # stock fails where it is empty
+    @rule(count=st.integers(0, 12))
+    def crop(self, count):
+        count = min(count, self.since_crop)  # stock has forgotten what was before, and is silent
+        self.since_crop = 0
+        before = copy.deepcopy(self.stock)
+        try:
+            self.stock.crop(-count)
+        except RuntimeError:  # it records no past; ours may have the rows still
+            self.stock = before
+            return
+        held = self.ours.stats()
+        self.ours.crop(-count)
+        after = self.ours.stats()
+        assert (after.bytes_allocated, after.copies) == (held.bytes_allocated, held.copies)
+
+    @precondition(lambda self: self.stock.get_seq_length())
+    @rule(data=st.data())
+    def reorder(self, data):
+        one = st.integers(0, self.batch - 1)
+        indices = torch.tensor(data.draw(st.lists(one, min_size=self.batch, max_size=self.batch)))
+        self.ours.reorder_cache(indices)
+        self.stock.reorder_cache(indices)
+
+    @precondition(lambda self: self.stock.get_seq_length())
+    @rule(data=st.data())
+    def select(self, data):
+        one = st.integers(0, self.batch - 1)
+        indices = torch.tensor(data.draw(st.lists(one, min_size=1, max_size=4)))
+        self.ours.batch_select_indices(indices)
+        self.stock.batch_select_indices(indices)
+        self.batch = len(indices)
+
+    @precondition(lambda self: self.stock.get_seq_length() and self.batch < 4)
+    @rule(repeats=st.integers(1, 3))
+    def repeat(self, repeats):
+        self.ours.batch_repeat_interleave(repeats)
+        self.stock.batch_repeat_interleave(repeats)
+        self.batch *= repeats
+
+    @rule(batch=st.integers(1, 3))
+    def reset(self, batch):
+        self.since_crop = 0
+        self.ours.reset()
+        self.stock.reset()
+        self.batch = batch
+
+    @rule(pickled=st.booleans())
+    def go_on_with_a_copy(self, pickled):
+        if pickled:
+            self.ours = pickle.loads(pickle.dumps(self.ours))
+        else:
+            self.ours = copy.deepcopy(self.ours)
+
+    @invariant()
+    def same_lengths(self):
+        for layer in range(2):
+            assert self.ours.get_seq_length(layer) == self.stock.get_seq_length(layer)
+            assert self.ours.get_max_length(layer) == self.stock.get_max_length(layer)
+        assert self.ours.is_sliding == self.stock.is_sliding
+        assert self.ours.is_croppable == self.stock.is_croppable
+        stats = self.ours.stats()
+        assert stats.rows_spare == stats.rows_reserved - stats.rows_held >= 0
+        stores = [layer.store for layer in self.ours.layers if layer.store is not None]
+        assert stats.bytes_reserved == sum(store.num_bytes for store in stores)
+
+
+class RowsMachine(CacheMachine):
+    layout = "rows"
+
+
+class PackedMachine(CacheMachine):
+    layout = "packed"
+
+
+for machine in (RowsMachine, PackedMachine):
+    machine.TestCase.settings = settings(
+        max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
+    )
+TestRows = RowsMachine.TestCase
+TestPacked = PackedMachine.TestCase
+
+
+@pytest.fixture(params=["rows", "packed"])
+def layout(request) -> str:
+    return request.param
+
+
+def filled(layout: str, count: int = 30, batch: int = 2, r: int = 16, window: int = WINDOW):
+    cache = BMCCache(config(layout, window), r)
+    for layer in range(2):
+        cache.update(rows(batch, count), rows(batch, count), layer)
+    return cache
+
+
+def contents(cache: BMCCache) -> list[torch.Tensor]:
+    return [t.clone() for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_step_without_memory_is_undone_in_all_layers(layout: str, layer: int) -> None:
+    cache = filled(layout, 32, window=100)
+    before = contents(cache)
+    good, cache.layers[layer].store.policy = cache.policy, BMCPolicy(r=2**50)
+    key, value = rows(2, 40), rows(2, 40)
+    for index in range(layer):
+        cache.update(key, value, index)
+    with pytest.raises(RuntimeError, match="allocate"):
+        cache.update(key, value, layer)
+    assert [cache.get_seq_length(index) for index in range(2)] == [32, 32]
+    cache.layers[layer].store.policy = good
+    for index in range(2):
+        for part, tensor in enumerate(cache.update(key, value, index)):
+            expected = torch.cat((before[2 * index + part], (key, value)[part]), dim=2)
+            assert torch.equal(tensor + 0, expected)
+
+
+def test_a_refused_step_is_undone_in_all_layers(layout: str) -> None:
+    cache = filled(layout)
+    cache.update(rows(2, 1), rows(2, 1), 0)
+    with pytest.raises(ValueError, match="do not go with the rows that are held"):
+        cache.update(rows(3, 1), rows(3, 1), 1)
+    assert [cache.get_seq_length(index) for index in range(2)] == [30, 30]
+
+
+def test_a_batch_that_finds_no_memory_changes_no_layer(layout: str) -> None:
+    cache = filled(layout)
+    before = contents(cache)
+    with pytest.raises(RuntimeError, match="allocate"):
+        cache.batch_select_indices(torch.zeros(1, dtype=torch.int64).expand(2**40))
+    for one, other in zip(contents(cache), before, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(IndexError):
+        cache.reorder_cache(torch.tensor([0, 2]))
+    for one, other in zip(contents(cache), before, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_window_that_is_gone_cannot_be_cropped_into(layout: str) -> None:
+    cache = BMCCache(config(layout, 4), 1)
+    for _ in range(80):
+        for layer in range(2):
+            cache.update(rows(1, 1), rows(1, 1), layer)
+    with pytest.raises(RuntimeError, match="crop to 10 tokens: the window of 4 rows"):
+        cache.crop(-70)
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [80, 80]
+    assert cache.layers[0].store.capacity <= 32
+
+
+def test_the_older_meaning_of_crop(layout: str) -> None:
+    cache = filled(layout, 8)
+    cache.crop(5)
+    assert cache.get_seq_length() == 5
+    cache.crop(7)
+    assert cache.get_seq_length() == 5
+
+
+def test_reset_keeps_the_memory(layout: str) -> None:
+    cache = filled(layout, 30)
+    reserved = cache.stats().bytes_reserved
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.stats().bytes_reserved == reserved
+    growths = cache.stats().growths
+    for layer in range(2):
+        cache.update(rows(2, 30), rows(2, 30), layer)
+    assert cache.stats().growths == growths
+
+
+def test_the_layout_follows_the_models_attention() -> None:
+    cache = filled("packed")
+    cache._stores.config._attn_implementation = "sdpa"
+    assert isinstance(cache.update(rows(2, 1), rows(2, 1), 1)[0], PackedRows)
+    cache.reset()
+    assert type(cache.update(rows(2, 1), rows(2, 1), 1)[0]) is torch.Tensor
+    assert cache.stats().layouts == {"packed": 1, "rows": 1}
+
+
+def test_rows_that_the_kernel_cannot_hold_stay_plain(caplog) -> None:
+    cache = BMCCache(config("packed"), 16)
+    odd = torch.randn(1, HEADS, 3, 40)
+    cache.update(odd, odd, 0)
+    cache.update(odd, odd, 1)
+    assert cache.stats().layouts == {"rows": 2}
+    assert [record.message for record in caplog.records] == [
+        "BMCCache: plain rows and torch attention, because the head size is 40; "
+        "the kernel takes 32 to 256 in steps of 16"
+    ]
+
+
+def test_k_and_v_of_an_earlier_step_are_refused_not_wrong() -> None:
+    cache = filled("packed")
+    key, _ = cache.update(rows(2, 1), rows(2, 1), 1)
+    cache.update(rows(2, 1), rows(2, 1), 1)
+    with pytest.raises(RuntimeError, match="of an earlier step"):
+        key.sum()
+
+
+def test_early_initialization_and_iteration_over_layers() -> None:
+    cache = BMCCache(config("packed"), 16)
+    assert not cache.is_initialized
+    assert cache.layers[0].keys is None
+    cache.early_initialization(1, HEADS, SIZE, torch.float32, torch.device("cpu"))
+    assert cache.is_initialized
+    assert len(cache) == 2
+    assert not cache.is_compileable
+    assert isinstance(cache.layers[0], BMCSlidingLayer)
+    cache.update(rows(1, 3), rows(1, 3), 0)
+    assert cache.layers[0].keys.shape == (1, HEADS, 3, SIZE)
+
+
+def test_stats_count_and_print() -> None:
+    cache = filled("rows", 30, window=64)
+    for layer in range(2):
+        cache.update(rows(2, 3), rows(2, 3), layer)
+    stats = cache.stats()
+    row = 2 * 2 * HEADS * SIZE * 4
+    assert (stats.tokens, stats.layouts, stats.growths) == (33, {"rows": 2}, 4)
+    assert (stats.rows_held, stats.rows_reserved, stats.rows_spare) == (66, 96, 30)
+    assert (stats.copies, stats.rows_copied, stats.bytes_copied) == (2, 60, 60 * row)
+    assert (stats.bytes_allocated, stats.bytes_reserved) == (160 * row, 96 * row)
+    # One layer's new K, old V and new V beside the other layer: K's old memory is gone by then.
+    assert stats.bytes_peak == 48 * row + (48 + 32 + 48) * row // 2
+    assert "growths          4\n" in str(stats)
+    assert re.search(r"reserved +0\.09 MiB", str(stats))
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from transformers import DynamicCache, LlamaConfig
+from bmc_transformers import BMCCache
+from bmc_transformers.attention import register_attention
+
+def high_water():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+kind = sys.argv[1]
+register_attention()
+config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=128)
+config._attn_implementation = "bmc" if kind == "packed" else "sdpa"
+cache = DynamicCache(config=config)
+if kind != "dynamic":
+    cache = BMCCache(config, 256, max_length=1040)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = high_water()
+for _ in range(1040 // 16):
+    for layer in range(2):
+        key, value = (torch.ones(32, 16, 4, 32).transpose(1, 2) for _ in "kv")
+        cache.update(key, value, layer)
+print(high_water() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def peak_resident() -> dict[str, int]:
+    """KiB of resident memory that filling each kind of cache takes at most, in its own process."""
+    children = {
+        kind: subprocess.Popen(
+            [sys.executable, "-c", PEAK, kind],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for kind in ("dynamic", "rows", "packed")
+    }
+    return {kind: int(child.communicate(timeout=120)[0]) for kind, child in children.items()}
+
+
+def test_peak_memory_stays_below_dynamic_caches(layout: str, peak_resident: dict[str, int]) -> None:
+    """Two layers of 34 MB, filled to the length that was announced."""
+    assert peak_resident[layout] > 30 << 10
+    assert peak_resident[layout] < peak_resident["dynamic"]
+
+
+def test_a_cache_is_reused_over_several_generate_calls() -> None:
+    """The second call gets the whole conversation and computes only what is new."""
+    model = build("llama")
+    first = generated(model, {"inputs": prompt()}, 10)
+    longer = torch.cat((first.sequences, prompt()), dim=1)
+    expected = generated(model, {"inputs": longer, "past_key_values": first.past_key_values}, 10)
+    for attention in ("bmc", "stock"):
+        enable(model, 16, attention=attention)
+        cache = BMCCache(model.config, 16, max_length=25)  # too small on purpose
+        again = generated(model, {"inputs": prompt(), "past_key_values": cache}, 10)
+        again = generated(model, {"inputs": longer, "past_key_values": again.past_key_values}, 10)
+        assert again.past_key_values is cache
+        assert torch.equal(again.sequences, expected.sequences)
+        cache.reset()
+        again = generated(model, {"inputs": prompt(), "past_key_values": cache}, 10)
+        assert torch.equal(again.sequences, first.sequences)
+
+
+def test_a_shared_prefix_is_copied_and_continued() -> None:
+    model = enable(build("mistral"), 16)
+    cache = BMCCache(model.config, 16)
+    with torch.inference_mode():
+        model(prompt(), past_key_values=cache)
+    for seed in (1, 2):
+        more = torch.cat((prompt(), torch.full((2, 3), seed + 7)), dim=1)
+        twin = copy.deepcopy(cache)
+        output = generated(model, {"inputs": more, "past_key_values": twin}, 12)
+        assert torch.equal(output.sequences, generated(model, {"inputs": more}, 12).sequences)
+    assert cache.get_seq_length() == prompt().shape[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: BMCCache(config(), "best"), ValueError, "policy='best': allowed are"),
+        (lambda: BMCCache(config(), 0), ValueError, "r=0"),
+        (lambda: BMCCache(config(), 1.5), TypeError, "policy=1.5"),
+        (lambda: BMCCache(config(), 8, max_length=0), ValueError, "max_length=0"),
+        (lambda: BMCCache(T5Config()), ValueError, "T5Config: encoder-decoder .* allowed"),
+        (lambda: BMCCache(Qwen3NextConfig()), ValueError, "linear_attention; allowed: full"),
+        (lambda: filled("rows").layers[0].offload(), NotImplementedError, "offloading"),
+        (lambda: filled("rows").batch_repeat_interleave(0), ValueError, "repeats=0"),
+    ],
+)
+def test_bad_settings_are_named(make, error, message) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_policy_that_needs_a_limit_takes_the_models() -> None:
+    cache = BMCCache(config("rows"), BMCPolicy(T=4))
+    cache.update(rows(1, 3), rows(1, 3), 1)
+    assert cache.stats().rows_reserved == 64  # max_position_embeddings / 4
+
+
+def test_stock_sliding_layer_is_what_we_compare_with() -> None:
+    assert type(DynamicCache(config=config()).layers[0]) is DynamicSlidingWindowLayer
