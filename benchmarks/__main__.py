@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks kernel`, `step` and `model`."""
+"""The command line: `python -m benchmarks kernel`, `step`, `generate` and `model`."""
 
 from __future__ import annotations
 
@@ -255,6 +255,70 @@ def step(
     steps_of.show_step(report, console)
     if json is not None:
         write_json(steps_of.step_document(report, now()), json)
+        console.print(f"rows: {json}", highlight=False, markup=False)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    cases: Annotated[
+        Cases,
+        typer.Option(
+            help="Three cases (three minutes), or the grid of twelve that averages are of."
+        ),
+    ] = Cases.quick,
+    systems: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Only these, by commas. Default: all that can run."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With --rows: this one case instead.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="With --batch: this one case instead.")
+    ] = None,
+    r: Annotated[int, typer.Option("--r", min=2, help="Rows per growth of BMC's cache.")] = 128,
+    rounds: Annotated[
+        int, typer.Option(min=2, help="Turns of each system: 2 steps of a peer, 6 of BMC.")
+    ] = 5,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of every system. Default: the affinity mask's cores."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the rows to this file.")
+    ] = None,
+) -> None:
+    """A decode step of Hugging Face generation: BMC, transformers' caches and DeepSpeed in turns.
+
+    Ends with 1 when an answer differs, 2 when an option is not allowed.
+    """
+    from benchmarks import generate as steps_of
+    from benchmarks.generate_report import generate_document, show_generate
+    from benchmarks.generate_systems import NAMES
+    from benchmarks.report import now, write_json
+
+    _writable(json, "--json")
+    names = NAMES if systems is None else tuple(systems.split(","))
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise _refuse("--systems", f"{', '.join(unknown)}; allowed: {', '.join(NAMES)}")
+    if (batch is None) != (rows is None):
+        raise _refuse("--batch and --rows", "one without the other; allowed: both or none")
+    chosen = steps_of.FULL if cases is Cases.full else steps_of.QUICK
+    if batch is not None and rows is not None:
+        chosen = (steps_of.GenerateCase(batch, rows),)
+    options = steps_of.Options(chosen, threads or _cores(), names, r, rounds)
+    console = _console()
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=1.0)
+        report = steps_of.run(
+            options, lambda text, done: progress.update(task, description=text, completed=done)
+        )
+    show_generate(report, console)
+    if json is not None:
+        write_json(generate_document(report, now()), json)
         console.print(f"rows: {json}", highlight=False, markup=False)
     if report.failures:
         raise typer.Exit(1)
