@@ -37,7 +37,14 @@ def test_wheel_builds_and_runs_elsewhere(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("bmc_llm-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("bmc_core/_native.") and name.endswith(".so") for name in names)
-    assert {"bmc_vllm/plugin.py", "bmc_core/py.typed", "bmc_core/_native.pyi"} <= set(names)
+    assert {
+        "bmc_vllm/plugin.py",
+        "bmc_core/py.typed",
+        "bmc_core/_native.pyi",
+        "bmc_core/kv_store/packed.py",
+        "bmc_transformers/cache.py",
+        "bmc_deepspeed/policy.py",
+    } <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools", "benchmarks"))]
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     text = zipfile.ZipFile(wheel).read(entry_points).decode()
