@@ -8,6 +8,7 @@ given to it gets one too. `disable` takes away exactly what `enable` put there.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,10 @@ Attention = Literal["bmc", "stock"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 _STATE = "_bmc"
-_ASSISTANT_POSITION = list(GenerationMixin.generate.__annotations__).index("assistant_model")
+# Among the positional arguments after `self`.
+_ASSISTANT_POSITION = (
+    list(inspect.signature(GenerationMixin.generate).parameters).index("assistant_model") - 1
+)
 
 
 @dataclass

@@ -345,3 +345,21 @@ def test_bad_settings_are_named_and_change_nothing(make, settings, error, messag
     with pytest.raises(error, match=message):
         enable(model, **{"policy": 16} | settings)
     assert picture(model) == before
+
+
+def test_an_assistant_by_position_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, assistant = build("llama"), build("llama")
+    enable(model, 16)
+    enabled = []
+    original = type(assistant)._prepare_cache_for_generation
+    monkeypatch.setattr(
+        type(assistant),
+        "_prepare_cache_for_generation",
+        lambda self, *args: (enabled.append(is_enabled(assistant)), original(self, *args))[1],
+    )
+    # inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
+    # synced_gpus, assistant_model
+    model.generate(torch.arange(5)[None], None, None, None, None, None, assistant, max_new_tokens=6)
+    assert enabled
+    assert all(enabled)
+    assert not is_enabled(assistant)
