@@ -169,7 +169,7 @@ def open_systems(options: Options, target: int) -> list[System]:
     largest = max(case.set_bytes for case in options.cases)
     systems: list[System] = []
     try:
-        systems.append(BMC(Arena(target, largest)))
+        systems.append(BMC(Arena(target, largest, huge_pages=True)))
         systems.append(CPUAttn(Arena(target, largest), options.isa))
         systems.append(Sdpa(Arena(target, largest)))
         if options.pace_python is not None:
@@ -291,6 +291,10 @@ class _Session:
                 trials.append((system, trial, case))
                 if trial.remark:
                     self.remarks.append(f"{case.name}: {system.title} {trial.remark}.")
+        for system in self.systems:
+            same = [trial for other, trial, _ in trials if other is system]
+            for number, trial in enumerate(same):
+                trial.first_set = number * trial.sets // len(same)
         budget = self.options.seconds * max(1.0, len(cases) / 2)
         timings = alternate(
             [trial for _, trial, _ in trials],

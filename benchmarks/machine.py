@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from bmc_core.pages import prefer_huge_pages
+
 CACHES = Path("/sys/devices/system/cpu")
 MIN_READ_BYTES = 512 << 20
 BUSY = 0.05
@@ -214,7 +216,9 @@ def read_bandwidth(num_bytes: int, rounds: int = 5) -> Ceiling:
     """
     num_bytes = -(-num_bytes // 32768) * 32768
     # Zeros would be one shared page until written.
-    buffer = torch.empty(num_bytes, dtype=torch.uint8).fill_(1).fill_(0)
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    prefer_huge_pages(buffer)
+    buffer.fill_(1).fill_(0)
     best = Ceiling(0.0, "")
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for method, call in read_methods(buffer, pool).items():

@@ -49,8 +49,10 @@ class Generated(NamedTuple):
 class ZeroPaddedStore(RowsStore):
     """Spare rows are zero: whoever attends over them, masked, gets no NaN out of them."""
 
-    def _resized(self, tensor: torch.Tensor, capacity: int, dropped: int) -> torch.Tensor:
-        resized = super()._resized(tensor, capacity, dropped)
+    def _resized(
+        self, tensor: torch.Tensor, capacity: int, dropped: int, dense: bool
+    ) -> torch.Tensor:
+        resized = super()._resized(tensor, capacity, dropped, dense)
         kept = self.length - dropped
         resized.narrow(2, kept, capacity - kept).zero_()
         return resized

@@ -45,10 +45,13 @@ class Timed(ABC):
     Attributes:
         threads: OpenMP threads that it wants.
         process: "" in this process; otherwise a name for the process that does the work.
+        first_set: where it begins in its rotating sets; trials over the same memory begin far from
+            each other, lest one reads what another has just brought into the cache.
     """
 
     threads: int
     process: str = ""
+    first_set: int = 0
 
     @abstractmethod
     def call(self, index: int) -> None:
@@ -115,7 +118,7 @@ def alternate(
                 break
             for place in order:
                 trial = trials[place]
-                index = rounds
+                index = rounds + trial.first_set
                 where = (trial.process, trial.threads)
                 if where != inside:
                     if inside is not None and inside[0] != trial.process:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bmc_core.pages import PAGE, prefer_huge_pages
+
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-PAGE = mmap.PAGESIZE
 
 
 class _LazyZeros(TorchFunctionMode):
@@ -49,9 +49,14 @@ class _LazyZeros(TorchFunctionMode):
 
 
 class KVPoolMemory:
-    """The mapping behind one worker's KV pool."""
+    """The mapping behind one worker's KV pool.
 
-    def __init__(self) -> None:
+    Args:
+        huge_pages: ask for huge pages. Attention reads them faster; less can be given back.
+    """
+
+    def __init__(self, *, huge_pages: bool = False) -> None:
+        self._huge_pages = huge_pages
         self.num_bytes = 0
         self._mapping: mmap.mmap | None = None
         self._address = 0
@@ -68,6 +73,8 @@ class KVPoolMemory:
         self._mapping = mmap.mmap(-1, num_bytes, flags=flags)
         self.num_bytes = num_bytes
         tensor = torch.frombuffer(self._mapping, dtype=torch.int8)
+        if self._huge_pages:
+            prefer_huge_pages(tensor)
         self._address = tensor.data_ptr()
         return tensor
 

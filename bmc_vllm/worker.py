@@ -46,7 +46,8 @@ class BMCWorker(CPUWorker):
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
         if tag == "kv_cache":
-            self._memory = KVPoolMemory()
+            config = BMCConfig.from_vllm_config(self.vllm_config)
+            self._memory = KVPoolMemory(huge_pages=not config.release_free_memory)
             return self._memory.allocation()
         return super()._maybe_get_memory_pool_context(tag)
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs, relative_error
 from benchmarks.timing import Timed
+from bmc_core.pages import prefer_huge_pages
 
 
 class Unusable(Exception):  # noqa: N818 - reads as a state of the system
@@ -26,10 +27,12 @@ class Arena:
         target: bytes that the sets of one case should cover at least.
         largest: bytes of the largest set that is to come: with it the memory is taken only once,
             also where the trials of a group, which share it, differ in size.
+        huge_pages: ask the system for huge pages, as the system that is timed does for its pool.
     """
 
-    def __init__(self, target: int, largest: int = 0) -> None:
+    def __init__(self, target: int, largest: int = 0, *, huge_pages: bool = False) -> None:
         self.target = target
+        self.huge_pages = huge_pages
         self._capacity = target + 2 * largest + largest // 4
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -45,6 +48,8 @@ class Arena:
             self._memory = torch.empty(0, dtype=torch.uint8)  # the old one first
             size_of_all = max(count * stride, self._capacity)
             self._memory = torch.empty(size_of_all, dtype=torch.uint8)
+            if self.huge_pages:
+                prefer_huge_pages(self._memory)
         parts = [self._memory[i * stride : i * stride + size] for i in range(count)]
         return [part.view(dtype).view(shape) for part in parts]
 

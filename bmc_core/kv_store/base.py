@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from bmc_core.kv_store.counters import KVCounters
+from bmc_core.pages import DENSE, prefer_huge_pages
 
 REORDER_BYTES = 4 << 20
 """Reordering goes through a buffer of about this size, small enough to stay in cache."""
@@ -43,10 +44,16 @@ def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None
     return policy.rows_to_hold(held, needed, limit)
 
 
-def new_tensor(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Uninitialised memory that may be written inside and outside `torch.inference_mode`."""
+def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> torch.Tensor:
+    """Uninitialised memory that may be written inside and outside `torch.inference_mode`.
+
+    `dense`: whether most of it will soon be written.
+    """
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if dense:
+        prefer_huge_pages(tensor)
+    return tensor
 
 
 class KVStore(ABC):
@@ -120,8 +127,11 @@ class KVStore(ABC):
         """Lets go of the tensors."""
 
     @abstractmethod
-    def _hold(self, capacity: int, dropped: int) -> None:
-        """Holds `capacity` rows in new tensors, the first `dropped` valid rows left out."""
+    def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
+        """Holds `capacity` rows in new tensors, the first `dropped` valid rows left out.
+
+        `dense`: whether valid rows will soon fill most of them.
+        """
 
     @abstractmethod
     def _slide(self, dropped: int) -> None:
@@ -257,7 +267,7 @@ class KVStore(ABC):
                 return 0
         if droppable == 0:
             target = rows_to_hold(self.policy, self.capacity, self.length + rows, self.limit)
-            self._resize(target, 0)
+            self._resize(target, 0, rows)
             return 0
         needed = self.length - droppable + rows
         target = self._window_capacity(needed, keep or 0)
@@ -267,7 +277,7 @@ class KVStore(ABC):
             )
             self._slide(droppable)
         else:
-            self._resize(target, droppable)
+            self._resize(target, droppable, rows)
         self.length -= droppable
         self.epoch += 1
         return droppable
@@ -277,14 +287,18 @@ class KVStore(ABC):
         target = rows_to_hold(self.policy, needed, needed + 1, self.limit)
         return self._rounded(min(target, needed + max(keep, MIN_SPARE_ROWS)))
 
-    def _resize(self, capacity: int, dropped: int) -> None:
+    def _resize(self, capacity: int, dropped: int, coming: int) -> None:
+        """New tensors for what stays and the `coming` rows."""
         capacity = self._rounded(capacity)
         kept = self.length - dropped
-        self._hold(capacity, dropped)
+        self._hold(capacity, dropped, dense=self._dense(kept + coming, capacity))
         self.counters.growths += 1
         if kept:
             self.counters.copied(kept, kept * self.row_bytes)
         self.epoch += 1
+
+    def _dense(self, rows: int, capacity: int) -> bool:
+        return rows >= DENSE * capacity
 
     def _rounded(self, rows: int) -> int:
         return -(-rows // self.row_multiple) * self.row_multiple

@@ -21,9 +21,9 @@ from bmc_core.attention import (
 )
 from bmc_core.kv_store.base import GrowthPolicy, KVStore, new_tensor
 from bmc_core.kv_store.counters import KVCounters
-from bmc_core.kv_store.pages import PIECE, discard
 from bmc_core.kv_store.rows import move_to_front, reorder_in_place
 from bmc_core.kv_store.tables import StepTables
+from bmc_core.pages import PIECE, discard
 
 
 def why_not_packed(key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -192,15 +192,15 @@ class PackedStore(KVStore):
         reason = why_not_packed(key, value)
         if reason is not None:
             raise ValueError(f'layout "packed" is not possible: {reason}')
-        self._kv = new_tensor((*key.shape[:2], 0, 2 * key.shape[3]), key)
+        self._kv = new_tensor((*key.shape[:2], 0, 2 * key.shape[3]), key, dense=False)
 
     def _release(self) -> None:
         self._kv = None
 
-    def _hold(self, capacity: int, dropped: int) -> None:
+    def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
         kv = self.tensor()
         batch, heads, old_capacity, width = kv.shape
-        bigger = new_tensor((batch, heads, capacity, width), kv)
+        bigger = new_tensor((batch, heads, capacity, width), kv, dense=dense)
         self.counters.allocated(bigger.nbytes)
         # A few heads at a time: [heads of all sequences, elements of K, then of V]
         old, new = kv.view(batch * heads, -1), bigger.view(batch * heads, -1)
@@ -242,7 +242,8 @@ class PackedStore(KVStore):
 
     def _gathered(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         kv = self.tensor()
-        result = new_tensor((indices.shape[0], *kv.shape[1:]), kv)
+        dense = self._dense(self.length, self.capacity)
+        result = new_tensor((indices.shape[0], *kv.shape[1:]), kv, dense=dense)
         for part in (0, 1):
             source, target = self._part(part), self._part(part, result)
             for index, taken in enumerate(indices.tolist()):

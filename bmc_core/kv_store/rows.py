@@ -59,18 +59,18 @@ class RowsStore(KVStore):
         return self._key, self._value
 
     def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._key = new_tensor((*key.shape[:2], 0, key.shape[3]), key)
-        self._value = new_tensor((*value.shape[:2], 0, value.shape[3]), value)
+        self._key = new_tensor((*key.shape[:2], 0, key.shape[3]), key, dense=False)
+        self._value = new_tensor((*value.shape[:2], 0, value.shape[3]), value, dense=False)
 
     def _release(self) -> None:
         self._key = self._value = None
 
-    def _hold(self, capacity: int, dropped: int) -> None:
+    def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
         key, value = self._tensors()
         if dropped:
             both = (
-                self._resized(key, capacity, dropped),
-                self._resized(value, capacity, dropped),
+                self._resized(key, capacity, dropped, dense),
+                self._resized(value, capacity, dropped, dense),
             )
             self._key, self._value = both
             self.counters.allocated(sum(tensor.nbytes for tensor in both))
@@ -78,18 +78,21 @@ class RowsStore(KVStore):
         else:
             # Should the second fail, K has more room than `capacity` says: no harm.
             if key.shape[2] != capacity:
-                self._key = self._resized(key, capacity, 0)
+                self._key = self._resized(key, capacity, 0, dense)
                 self.counters.allocated(self._key.nbytes)
                 self.counters.released(key.nbytes)
                 del key
             if value.shape[2] != capacity:
-                self._value = self._resized(value, capacity, 0)
+                self._value = self._resized(value, capacity, 0, dense)
                 self.counters.allocated(self._value.nbytes)
                 self.counters.released(value.nbytes)
         self.capacity = capacity
 
-    def _resized(self, tensor: torch.Tensor, capacity: int, dropped: int) -> torch.Tensor:
-        resized = new_tensor((*tensor.shape[:2], capacity, tensor.shape[3]), tensor)
+    def _resized(
+        self, tensor: torch.Tensor, capacity: int, dropped: int, dense: bool
+    ) -> torch.Tensor:
+        shape = (*tensor.shape[:2], capacity, tensor.shape[3])
+        resized = new_tensor(shape, tensor, dense=dense)
         kept = self.length - dropped
         resized.narrow(2, 0, kept).copy_(tensor.narrow(2, dropped, kept))
         return resized
@@ -103,7 +106,8 @@ class RowsStore(KVStore):
             tensor.narrow(2, self.length, rows.shape[2]).copy_(rows)
 
     def _gathered(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(gathered(tensor, indices, self.length) for tensor in self._tensors())
+        dense = self._dense(self.length, self.capacity)
+        return tuple(gathered(tensor, indices, self.length, dense) for tensor in self._tensors())
 
     def _adopt(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self._key, self._value = tensors
@@ -123,12 +127,12 @@ def _same_but_rows(rows: torch.Tensor, held: torch.Tensor) -> bool:
     )
 
 
-def gathered(tensor: torch.Tensor, indices: torch.Tensor, rows: int) -> torch.Tensor:
+def gathered(tensor: torch.Tensor, indices: torch.Tensor, rows: int, dense: bool) -> torch.Tensor:
     """A new tensor like `tensor` (dimensions: sequences, heads, rows, ...) of other sequences.
 
     Only the first `rows` rows are copied.
     """
-    result = new_tensor((indices.shape[0], *tensor.shape[1:]), tensor)
+    result = new_tensor((indices.shape[0], *tensor.shape[1:]), tensor, dense=dense)
     for target, source in enumerate(indices.tolist()):
         result[target].narrow(1, 0, rows).copy_(tensor[source].narrow(1, 0, rows))
     return result

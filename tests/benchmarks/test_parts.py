@@ -139,6 +139,13 @@ def test_alternate_takes_turns() -> None:
     assert fractions[-1] == 1.0
 
 
+def test_trials_over_the_same_memory_begin_apart() -> None:
+    trials = [Sleeper(0.0), Sleeper(0.0)]
+    trials[1].first_set = 7
+    alternate(trials, 0.0, min_rounds=3, max_rounds=3)
+    assert [trial.indices for trial in trials] == [[-1, 0, 1, 2], [7, 8, 9]]
+
+
 def test_a_change_of_threads_costs_an_untimed_call() -> None:
     trials = [Sleeper(0.0, threads=1), Sleeper(0.0, threads=2)]
     timings = alternate(trials, 0.0, min_rounds=3, max_rounds=3)

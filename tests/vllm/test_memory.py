@@ -4,10 +4,12 @@ import psutil
 import pytest
 import torch
 from engines import engine, flush, generate, prompts_of, worker
+from mappings import wants_huge_pages
 from models import ModelStore
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
-from bmc_vllm.memory import PAGE, KVPoolMemory
+from bmc_core.pages import PAGE, huge_page_bytes
+from bmc_vllm.memory import KVPoolMemory
 
 GIB = 1 << 30
 
@@ -25,7 +27,7 @@ def test_four_gib_of_kv_space_cost_nothing_at_start(model_dir: ModelStore) -> No
         assert process.memory_info().rss - before < GIB // 2
         generate(llm, prompts_of([300, 200]))
         used = memory_of(llm).resident_bytes()
-        # 596 rows of 2 layers x 2 heads x 64 float32 = 1 KiB each per layer, in whole pages.
+        # 596 rows of 2 layers x 2 heads x 64 float32 = 1 KiB each per layer, in whole (huge) pages.
         assert 596 * 2 * 512 <= used < 64 << 20
         # Off by default: finished requests keep their pages.
         flush(llm)
@@ -61,6 +63,19 @@ def test_cached_prefixes_keep_their_memory(model_dir: ModelStore) -> None:
         assert memory_of(llm).resident_bytes() > 0
         # The second run reads the cached rows back: zeros would change the tokens.
         assert generate(llm, prompts) == first
+
+
+@pytest.mark.skipif(not huge_page_bytes(), reason="this kernel has no transparent huge pages")
+@pytest.mark.parametrize("release", [False, True])
+def test_the_pool_is_on_huge_pages_unless_memory_is_released(
+    model_dir: ModelStore, release: bool
+) -> None:
+    """A huge page goes back to the system only as a whole."""
+    settings = {"bmc": {"release_free_memory": release}}
+    with engine(model_dir("llama-gqa"), "BMC", additional_config=settings) as llm:
+        pools = worker(llm).model_runner.kv_caches
+        assert pools
+        assert all(wants_huge_pages(pool) is not release for pool in pools)
 
 
 def layout(page: int, num_blocks: int, num_layers: int, order: str) -> KVCacheConfig:
