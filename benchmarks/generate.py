@@ -1,10 +1,10 @@
 """`python -m benchmarks generate`: a decode step of Hugging Face generation, BMC and its peers.
 
 Promises that all systems step in turns over the same weights and the same rows, and that a system
-whose logits or greedy tokens are not DynamicCache's makes the run fail. What BMC pays for growing
-is part of its figure: each case's rows end shortly before a growth, so that one falls among the
-timed steps, and its extra time is spread over the r steps that it serves. Knows nothing of how a
-system is built.
+whose logits or greedy tokens are not those of the cache that it replaces makes the run fail. What
+BMC pays for growing is part of its figure: each case's rows end shortly before a growth, so that
+one falls among the timed steps, and its extra time is spread over the r steps that it serves. Knows
+nothing of how a system is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ import torch
 
 from benchmarks.generate_systems import NAMES, GenerateSystem, build_model, make
 from benchmarks.inputs import relative_error
-from benchmarks.machine import Neighbours, threads_set
+from benchmarks.machine import (
+    MIN_READ_BYTES,
+    Neighbours,
+    available_bytes,
+    read_bandwidth,
+    threads_set,
+)
 from benchmarks.step_cases import MHA, Shape
 from benchmarks.timing import Timing, summary
 
@@ -95,7 +101,9 @@ class GenerateRow(NamedTuple):
         timing: of the steps without a growth.
         growth_ms: what a step with a growth took longer; 0 where none was seen.
         step_ms: median step plus its share of a growth.
-        logits_error: of the first step, relative to DynamicCache's; NaN without it.
+        floor_ms: what reading the weights and the valid rows takes at the measured bandwidth.
+        logits_error: of the first step, relative to those of the system's reference (DynamicCache,
+            or DeepSpeed as it is); NaN without it.
         copied_mb, reserved_mb: counted by the cache; NaN where it does not count.
     """
 
@@ -107,26 +115,31 @@ class GenerateRow(NamedTuple):
     timing: Timing
     growth_ms: float
     step_ms: float
+    floor_ms: float
     logits_error: float
     copied_mb: float
     reserved_mb: float
 
 
 class Verdict(NamedTuple):
-    """A goal and what was measured; None: a side or a case is missing."""
+    """A goal, what was measured, and what a system that reads weights and rows at the measured
+    bandwidth and does nothing else would reach; None: a side or a case is missing."""
 
     goal: Goal
     measured: float | None
+    at_most: float | None
 
 
 class GenerateReport(NamedTuple):
-    """All that a run found out. `missing`: why a system was not measured."""
+    """All that a run found out. `missing`: why a system or a case was not measured; `read_gb_s`:
+    read bandwidth."""
 
     rows: list[GenerateRow]
     failures: list[str]
     missing: list[str]
     verdicts: list[Verdict]
     options: Options
+    read_gb_s: float
     others: float | None
 
 
@@ -140,18 +153,36 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> GenerateR
     with threads_set(options.threads):
         tell("greedy tokens of a small model", 0.0)
         failures = check_tokens(options)
+        tell("read bandwidth", 0.01)
+        read_gb_s = read_bandwidth(MIN_READ_BYTES).rate
         tell("building the model", 0.02)
         most = max(case.rows for case in options.cases) + options.r + 8 * options.rounds + 64
         model = build_model(options.shape, most, options.dtype, seed=0)
         systems, missing = _systems(options, model)
         for number, case in enumerate(options.cases):
             tell(case.name, 0.05 + 0.95 * number / len(options.cases))
-            measured, wrong = _case(case, options, systems)
+            needed, free = _case_bytes(case, options, len(systems)), available_bytes()
+            if needed > free:
+                missing.append(
+                    f"{case.name}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+                    "choose fewer systems with --systems"
+                )
+                continue
+            measured, wrong = _case(case, options, systems, read_gb_s)
             rows += measured
             failures += wrong
     tell("done", 1.0)
-    verdicts = [Verdict(goal, measured_ratio(rows, goal)) for goal in GOALS]
-    return GenerateReport(rows, failures, missing, verdicts, options, neighbours.share())
+    floors = [row._replace(step_ms=row.floor_ms) if not row.peer else row for row in rows]
+    verdicts = [
+        Verdict(goal, measured_ratio(rows, goal), measured_ratio(floors, goal)) for goal in GOALS
+    ]
+    return GenerateReport(rows, failures, missing, verdicts, options, read_gb_s, neighbours.share())
+
+
+def _case_bytes(case: GenerateCase, options: Options, systems: int) -> int:
+    """K and V of every system, each with room to grow, and a layer's copy."""
+    rows = options.rows(case) + 2 * options.r
+    return (systems + 1) * case.batch * rows * options.shape.row_bytes
 
 
 def _systems(options: Options, model: torch.nn.Module) -> tuple[list[GenerateSystem], list[str]]:
@@ -179,7 +210,7 @@ def check_tokens(options: Options, new: int = 40) -> list[str]:
 
 
 def _case(
-    case: GenerateCase, options: Options, systems: Sequence[GenerateSystem]
+    case: GenerateCase, options: Options, systems: Sequence[GenerateSystem], read_gb_s: float
 ) -> tuple[list[GenerateRow], list[str]]:
     shape, rows = options.shape, options.rows(case)
     size = (case.batch, shape.kv_heads, rows, shape.head_size)
@@ -199,12 +230,12 @@ def _case(
     for system in systems:
         timing = summary(seconds[system.name])
         error = float("nan")
-        if "dynamic" in logits:
-            error = relative_error(logits[system.name], logits["dynamic"])
+        if system.reference in logits:
+            error = relative_error(logits[system.name], logits[system.reference])
             if not error <= LOGIT_TOLERANCE:
                 failures.append(
-                    f"{case.name}: the logits of {system.title} differ from DynamicCache's by "
-                    f"{error:.1e}; allowed: {LOGIT_TOLERANCE}"
+                    f"{case.name}: the logits of {system.title} differ from {system.reference}'s "
+                    f"by {error:.1e}; allowed: {LOGIT_TOLERANCE}"
                 )
         extra = 0.0
         if growths[system.name]:
@@ -221,6 +252,7 @@ def _case(
                 timing,
                 extra,
                 timing.ms + extra / options.r,
+                shape.step_bytes(case.batch, rows) / read_gb_s / 1e6,
                 error,
                 nan if stats is None else stats.bytes_copied / 1e6,
                 nan if stats is None else stats.bytes_reserved / 1e6,

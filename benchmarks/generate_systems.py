@@ -55,11 +55,13 @@ class GenerateSystem(ABC):
     Attributes:
         name, title: in rows, in tables.
         peer: whether it is what BMC is compared with.
+        reference: name of the system whose logits it must have.
     """
 
     name: str
     title: str
     peer = False
+    reference = "dynamic"
     model: Any
     cache: Cache | None = None
 
@@ -129,11 +131,14 @@ class Static(Dynamic):
 class DeepSpeed(Dynamic):
     """`deepspeed.init_inference` as it is: the same cache behind DeepSpeed's engine.
 
+    It has no reference but itself: DeepSpeed rounds the rotary frequencies to the model's dtype, so
+    that its bfloat16 logits are others than transformers' after some hundred rows.
+
     Raises:
         ImportError: DeepSpeed is not installed.
     """
 
-    name, title = "deepspeed", "DeepSpeed"
+    name, title, reference = "deepspeed", "DeepSpeed", "deepspeed"
 
     def __init__(self, model: LlamaForCausalLM, **policy: Any) -> None:
         import deepspeed

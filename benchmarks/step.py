@@ -25,7 +25,16 @@ from rich.table import Table
 
 from benchmarks.children import Child
 from benchmarks.inputs import relative_error
-from benchmarks.machine import BUSY, Neighbours, available_bytes, describe, versions
+from benchmarks.machine import (
+    BUSY,
+    MIN_READ_BYTES,
+    Neighbours,
+    available_bytes,
+    describe,
+    read_bandwidth,
+    threads_set,
+    versions,
+)
 from benchmarks.step_cases import StepCase
 from benchmarks.step_model import write_model
 from benchmarks.timing import SETTLE_SECONDS, Timing, summary
@@ -81,12 +90,18 @@ class StepRow(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """All that a run found out; `others`: share of the cores that other processes took."""
+    """All that a run found out; `read_gb_s`: read bandwidth of as many threads; `others`: share of
+    the cores that other processes took."""
 
     rows: list[StepRow]
     failures: list[str]
     options: Options
+    read_gb_s: float
     others: float | None
+
+    def floor_ms(self, case: StepCase) -> float:
+        """What reading weights and rows takes at that bandwidth."""
+        return case.shape.step_bytes(case.batch, case.rows) / self.read_gb_s / 1e6
 
 
 Tell = Callable[[str, float], None]
@@ -147,8 +162,11 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> StepRepor
             measured, wrong = _case(case, options, Path(folder), tell_part)
         rows += measured
         failures += wrong
+    tell("read bandwidth", 1.0)
+    with threads_set(rows[0].threads):
+        read_gb_s = read_bandwidth(MIN_READ_BYTES).rate
     tell("done", 1.0)
-    return StepReport(rows, failures, options, neighbours.share())
+    return StepReport(rows, failures, options, read_gb_s, neighbours.share())
 
 
 def _require_memory(case: StepCase, options: Options) -> None:
@@ -263,10 +281,12 @@ def step_document(report: StepReport, created: str) -> dict[str, Any]:
     """The run as plain data.
 
     {"schema": 1, "benchmark": "step", "created", "machine", "versions",
-     "settings": {bind, rounds, steps, compile, drawn}, "failures": [text],
+     "settings": {bind, rounds, steps, compile, drawn}, "read_gb_s", "failures": [text],
      "rows": [{case, model, layers, hidden, heads, kv_heads, head_size, batch, rows, system,
                threads, ms, ms_low, ms_high, ms_min, spread, steps, tokens_per_second, fill_seconds,
-               ratio, goal, met, logits_error, tokens_agree}]}
+               floor_ms, ratio, goal, met, logits_error, tokens_agree}]}
+
+    floor_ms: what reading weights and rows takes at the measured bandwidth.
     """
     options = report.options
     rows = []
@@ -294,6 +314,7 @@ def step_document(report: StepReport, created: str) -> dict[str, Any]:
                 "steps": row.timing.calls,
                 "tokens_per_second": case.batch / row.timing.ms * 1e3,
                 "fill_seconds": row.fill_seconds,
+                "floor_ms": report.floor_ms(case),
                 "ratio": row.ratio,
                 "goal": goal,
                 "met": None if goal is None else row.ratio >= goal,
@@ -314,6 +335,7 @@ def step_document(report: StepReport, created: str) -> dict[str, Any]:
             "compile": options.compile,
             "drawn": options.drawn,
         },
+        "read_gb_s": report.read_gb_s,
         "failures": report.failures,
         "rows": rows,
     }
@@ -326,13 +348,14 @@ def show_step(report: StepReport, console: Console) -> None:
     rows = "drawn rows" if options.drawn else "prefilled rows"
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"One decode step of vLLM: {how}, {rows}, threads bound to {options.bind}",
+        title=f"One decode step of vLLM: {how}, {rows}, threads bound to {options.bind}; "
+        f"floor: weights and rows read at {report.read_gb_s:.1f} GB/s",
         title_justify="left",
     )
     for name in ("case", "system"):
         table.add_column(name)
-    columns = ("ms", "spread", "tokens/s", "faster", "goal", "", "logits differ", "tokens agree")
-    for name in columns:
+    columns = ("ms", "spread", "floor", "tokens/s", "faster", "goal", "")
+    for name in (*columns, "logits differ", "tokens agree"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         ours = row.system == "bmc"
@@ -345,6 +368,7 @@ def show_step(report: StepReport, console: Console) -> None:
             BACKENDS[row.system],
             f"{row.timing.ms:.1f}",
             f"{row.timing.spread:.0%}",
+            f"{report.floor_ms(row.case):.1f}" if ours else "",
             f"{row.case.batch / row.timing.ms * 1e3:.0f}",
             f"{row.ratio:.2f}x",
             f">= {goal}x" if goal is not None else "",

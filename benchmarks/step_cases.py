@@ -31,6 +31,12 @@ class Shape:
         layer = attention + 3 * self.hidden * self.intermediate
         return 2 * (self.layers * layer + 2 * self.vocabulary * self.hidden)
 
+    def step_bytes(self, batch: int, rows: int) -> int:
+        """What a decode step of `batch` sequences of `rows` rows must read: all weights but the
+        embedding's, and K and V."""
+        embedding = 2 * self.vocabulary * self.hidden
+        return self.weight_bytes - embedding + batch * rows * self.row_bytes
+
 
 @dataclass(frozen=True)
 class StepCase:

@@ -36,6 +36,7 @@ def test_every_system_is_measured_and_right(report: generate.GenerateReport) -> 
         assert row.timing.calls == (6 if row.peer else 17)
         assert row.logits_error < 0.05
         assert row.step_ms >= row.timing.ms
+        assert 0 < row.floor_ms < row.step_ms
         counted = row.copied_mb == row.copied_mb
         assert counted != row.peer
     assert all(verdict.measured is None for verdict in report.verdicts)
@@ -70,7 +71,7 @@ def test_a_wrong_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = run(tiny(systems=("dynamic", "bmc"), rounds=2)).failures
     assert len(found) == 1
-    assert "2 x 40: the logits of BMC differ from DynamicCache's" in found[0]
+    assert "2 x 40: the logits of BMC differ from dynamic's" in found[0]
 
 
 def test_different_tokens_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,14 @@ def test_a_twin_has_the_same_weights() -> None:
     assert twin(model).lm_head is not model.lm_head
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "available_bytes", lambda: 1000)
+    report = run(tiny(systems=("dynamic", "bmc")))
+    assert report.rows == []
+    assert "2 x 40: 0.0 GB are needed" in report.missing[0]
+    assert "--systems" in report.missing[0]
 
 
 def test_averages_need_the_whole_grid(report: generate.GenerateReport) -> None:
