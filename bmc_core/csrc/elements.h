@@ -7,6 +7,7 @@
 //   Right      one vector load of the cache: 16 lanes x kPack
 //   Left       kPack values of the left operand, broadcast to all lanes
 //   kExpDegree degree of the exponential's polynomial: as exact as the probabilities are stored
+//   kUnit      a decoded value of the cache times this is the value
 //   Wide       the element whose storage a quantised cache is unpacked to where that is done once
 //              for many query rows; the element itself where nothing is quantised
 #pragma once
@@ -19,18 +20,21 @@ namespace {
 
 struct FloatValues {
   using Value = float;
+  static constexpr float kUnit = 1.f;
   static F32x16 widen(const Value* p) { return load(p); }
   static void narrow(Value* p, F32x16 x) { store(p, x); }
 };
 
 struct HalfValues {
   using Value = uint16_t;
+  static constexpr float kUnit = 1.f;
   static F32x16 widen(const Value* p) { return load_half(p); }
   static void narrow(Value* p, F32x16 x) { store_half(p, x); }
 };
 
 struct BFloatValues {
   using Value = uint16_t;
+  static constexpr float kUnit = 1.f;
   static F32x16 widen(const Value* p) { return load_bfloat(p); }
   static void narrow(Value* p, F32x16 x) { store_bfloat(p, x); }
 };
@@ -63,6 +67,8 @@ struct PairProducts {
     return r;
   }
   template <class Format>
+  static constexpr float kFp8Unit = kFp8ByHalf ? Format::kHalfUnit : 1.f;
+  template <class Format>
   static Right right_fp8(const uint8_t* pairs) {
     Pair r;
     load_fp8_pairs<Format>(pairs, &r.first, &r.second);
@@ -85,6 +91,8 @@ struct BFloatProducts {
   static constexpr int kPack = 2;
   static constexpr int kExpDegree = 4;
   static Right right(const uint16_t* pairs) { return _mm512_loadu_si512(pairs); }
+  template <class Format>
+  static constexpr float kFp8Unit = 1.f;
   template <class Format>
   static Right right_fp8(const uint8_t* pairs) {
     return fp8_to_bfloat<Format>(pairs);
@@ -131,12 +139,20 @@ template <class Format, class Values, class Products>
 struct Fp8 : Values, Products {
   using Storage = uint8_t;
   using Wide = Unpacked<Values, Products>;
+  static constexpr float kUnit = Products::template kFp8Unit<Format>;
   static typename Products::Right right(const Storage* p) {
     return Products::template right_fp8<Format>(p);
   }
-  // count: multiple of 32
-  static void unpack(const Storage* from, int count, uint16_t* to) {
+  // Values times scale, a power of two; count: multiple of 32
+  static void unpack(const Storage* from, int count, float scale, uint16_t* to) {
     for (int i = 0; i < count; i += 32) unpack_fp8<Format>(from + i, to + i);
+    if (scale == 1.f) return;
+    for (int i = 0; i < count; i += 16) store_bfloat(to + i, mul(load_bfloat(to + i), set1(scale)));
+  }
+  // Whether `right` may be used for all of them; count: multiple of 64
+  static bool decodes(const Storage* p, int count) {
+    if constexpr (kUnit == 1.f) return true;
+    return !has_e4m3_nan(p, count);
   }
 };
 

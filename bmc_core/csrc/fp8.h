@@ -11,7 +11,8 @@ namespace {
 
 struct E4M3 {  // e4m3fn: no infinity, one NaN code
   static constexpr int kMantissaBits = 3, kBias = 7;
-  static constexpr int kNonFinite = 1;  // codes from 0x80 - kNonFinite on
+  static constexpr int kNonFinite = 1;       // codes from 0x80 - kNonFinite on
+  static constexpr float kHalfUnit = 256.f;  // a code's bits in a half's places are 1/256 of it
   static constexpr bool is_nan(int code) { return code == 0x7f; }
   static constexpr bool is_infinite(int) { return false; }
 };
@@ -19,6 +20,7 @@ struct E4M3 {  // e4m3fn: no infinity, one NaN code
 struct E5M2 {
   static constexpr int kMantissaBits = 2, kBias = 15;
   static constexpr int kNonFinite = 4;
+  static constexpr float kHalfUnit = 1.f;  // the upper byte of a half
   static constexpr bool is_nan(int code) { return code > 0x7c; }
   static constexpr bool is_infinite(int code) { return code == 0x7c; }
 };

@@ -129,7 +129,9 @@ class Item {
       const Value* q =
           query + token(row) * args_.query_stride_token + query_head(row) * args_.query_stride_head;
       for (int d = 0; d < head_size_; d += 16) {
-        E::pack(s_.query + row * head_size_ + d, E::widen(q + d));
+        F32x16 x = E::widen(q + d);
+        if constexpr (E::kUnit != 1.f) x = mul(x, set1(unit_));
+        E::pack(s_.query + row * head_size_ + d, x);
       }
       const int pos = position(row);
       s_.limit[row] = args_.plan.causal ? pos + 1 : seq_len_;
@@ -243,6 +245,7 @@ class Item {
   Scratch<E>& s_;
   const int head_size_;
   int group_, rows_, seq_len_, query_len_, first_row_ = 0;
+  float unit_ = 1.f;  // of K and V as the products see them
 
  private:
   const Storage* key_tile_of(const WorkItem& work, int row) const {
@@ -257,7 +260,7 @@ class Item {
   void finish(int row, float sum, const float* acc) const {
     Value* out = static_cast<Value*>(args_.out) + token(row) * args_.out_stride_token +
                  query_head(row) * args_.out_stride_head;
-    const F32x16 inverse = set1(sum == 0.f ? 0.f : args_.value_scale / sum);
+    const F32x16 inverse = set1(sum == 0.f ? 0.f : args_.value_scale * unit_ / sum);
     for (int d = 0; d < head_size_; d += 16) E::narrow(out + d, mul(load(acc + d), inverse));
   }
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "fp8_table.h"
+
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
@@ -128,6 +130,57 @@ inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) 
   second->hi = _mm256_castsi256_ps(_mm256_and_si256(hi, high));
 }
 
+// As in simd_avx512.h.
+constexpr bool kFp8ByHalf = true;
+template <class Format>
+inline F32x16 upper_bytes_to_float(__m256i codes) {
+  if constexpr (Format::kMantissaBits == 3) {
+    // seeeemmm -> s0eeeemmm0000000
+    codes = _mm256_and_si256(_mm256_srai_epi16(codes, 1),
+                             _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  }
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(codes)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(codes, 1))};
+}
+template <class Format>
+inline void load_fp8_pairs(const uint8_t* p, F32x16* first, F32x16* second) {
+  __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *first = upper_bytes_to_float<Format>(_mm256_slli_epi16(pairs, 8));
+  if constexpr (Format::kMantissaBits == 2) {
+    pairs = _mm256_and_si256(pairs, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
+  }
+  *second = upper_bytes_to_float<Format>(pairs);
+}
+inline bool has_e4m3_nan(const uint8_t* p, int count) {
+  __m256i most_signed = _mm256_setzero_si256(), most = _mm256_setzero_si256();
+  for (int i = 0; i < count; i += 32) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+    most_signed = _mm256_max_epi8(most_signed, codes);
+    most = _mm256_max_epu8(most, codes);
+  }
+  const __m256i found = _mm256_or_si256(_mm256_cmpeq_epi8(most_signed, _mm256_set1_epi8(0x7f)),
+                                        _mm256_cmpeq_epi8(most, _mm256_set1_epi8(-1)));
+  return _mm256_movemask_epi8(found) != 0;
+}
+// 32 fp8 codes as bfloat16, in order.
+template <class Format>
+inline void unpack_fp8(const uint8_t* from, uint16_t* to) {
+  if (Format::kHalfUnit != 1.f && has_e4m3_nan(from, 32)) {
+    return unpack_fp8_by_table<Format>(from, to);
+  }
+  F32x16 first, second;
+  load_fp8_pairs<Format>(from, &first, &second);
+  first = mul(first, set1(Format::kHalfUnit));
+  second = mul(second, set1(Format::kHalfUnit));
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const auto pairs = [high](__m256 a, __m256 b) {  // every fp8 value is a bfloat16 value
+    return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a), 16),
+                           _mm256_and_si256(_mm256_castps_si256(b), high));
+  };
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pairs(first.lo, second.lo));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), pairs(first.hi, second.hi));
+}
+
 // Register blocking: query rows x vectors of one product; 16 registers, two of them a vector here.
 constexpr int kRowBlock = 4;
 constexpr int kScoreTiles = 1;
@@ -135,5 +188,3 @@ constexpr int kValueVectors = 1;
 
 }  // namespace
 }  // namespace bmc::BMC_ISA_NAMESPACE
-
-#include "fp8_table.h"

@@ -98,13 +98,36 @@ template <class Format>
 inline void unpack_fp8(const uint8_t* from, uint16_t* to) {
   _mm512_storeu_si512(to, fp8_to_bfloat<Format>(from));
 }
-// Sixteen fp8 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
+// Sixteen fp8 pairs [16][2] as two vectors: the firsts and the seconds of each pair, in units of
+// Format::kHalfUnit. Subnormals come right; the NaN of e4m3 does not (see has_e4m3_nan).
+constexpr bool kFp8ByHalf = true;
+template <class Format>
+inline __m512 upper_bytes_to_float(__m256i codes) {
+  if constexpr (Format::kMantissaBits == 3) {
+    // seeeemmm -> s0eeeemmm0000000
+    codes = _mm256_and_si256(_mm256_srai_epi16(codes, 1),
+                             _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  }
+  return _mm512_cvtph_ps(codes);
+}
 template <class Format>
 inline void load_fp8_pairs(const uint8_t* p, F32x16* first, F32x16* second) {
-  const __m512i pairs = fp8_to_bfloat<Format>(p);
-  first->v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  second->v = _mm512_castsi512_ps(
-      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  __m256i pairs = load_i256(p);
+  first->v = upper_bytes_to_float<Format>(_mm256_slli_epi16(pairs, 8));
+  if constexpr (Format::kMantissaBits == 2) {
+    pairs = _mm256_and_si256(pairs, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
+  }
+  second->v = upper_bytes_to_float<Format>(pairs);
+}
+inline bool has_e4m3_nan(const uint8_t* p, int count) {
+  __m512i most_signed = _mm512_setzero_si512(), most = _mm512_setzero_si512();
+  for (int i = 0; i < count; i += 64) {
+    const __m512i codes = _mm512_loadu_si512(p + i);
+    most_signed = _mm512_max_epi8(most_signed, codes);
+    most = _mm512_max_epu8(most, codes);
+  }
+  return (_mm512_cmpeq_epi8_mask(most_signed, _mm512_set1_epi8(0x7f)) |
+          _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(-1))) != 0;
 }
 
 // Register blocking: query rows x vectors of one product, 24 of the 32 registers as accumulators.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fp8_table.h"
 #include "scalar_float.h"
 
 namespace bmc::BMC_ISA_NAMESPACE {
@@ -167,6 +168,21 @@ inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) 
   }
 }
 
+// 32 fp8 codes as bfloat16, in order.
+template <class Format>
+inline void unpack_fp8(const uint8_t* from, uint16_t* to) {
+  unpack_fp8_by_table<Format>(from, to);
+}
+// Sixteen fp8 pairs [16][2] as two vectors: the firsts and the seconds of each pair.
+constexpr bool kFp8ByHalf = false;
+template <class Format>
+inline void load_fp8_pairs(const uint8_t* p, F32x16* first, F32x16* second) {
+  uint16_t pairs[32];
+  unpack_fp8<Format>(p, pairs);
+  load_bfloat_pairs(pairs, first, second);
+}
+inline bool has_e4m3_nan(const uint8_t*, int) { return false; }  // decoded like any other code
+
 #undef BMC_EACH4
 
 // Register blocking: query rows x vectors of one product.
@@ -176,5 +192,3 @@ constexpr int kValueVectors = 2;
 
 }  // namespace
 }  // namespace bmc::BMC_ISA_NAMESPACE
-
-#include "fp8_table.h"

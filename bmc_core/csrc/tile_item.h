@@ -91,8 +91,8 @@ class TileItem : Item<E> {
       if constexpr (kUnpack) {
         const int count = kGroupRows * head_size_;
         Wide* unpacked = s_.unpacked + 2 * g * count;
-        E::unpack(key, count, unpacked);
-        E::unpack(value, count, unpacked + count);
+        E::unpack(key, count, 1.f, unpacked);
+        E::unpack(value, count, 1.f, unpacked + count);
         keys[g] = unpacked;
         values[g] = unpacked + count;
       } else {

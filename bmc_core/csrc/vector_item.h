@@ -138,6 +138,7 @@ class VectorItem : Item<E> {
       : Base(args, work, scratch, queue) {}
 
   void run() {
+    if (rows_ <= kRowBlock) Base::unit_ = E::kUnit;
     Base::begin();
     edge_ = s_.edge;
     for (int kv = work_.kv_begin & ~(kTileRows - 1); kv < work_.kv_end; kv += kStepRows) step(kv);
@@ -145,6 +146,9 @@ class VectorItem : Item<E> {
   }
 
  private:
+  using Wide = typename E::Wide;
+  static constexpr bool kQuantised = !std::is_same_v<E, Wide>;
+
   // Tiles of one step as the products see them: the cache itself, or an unpacked copy.
   template <class W>
   struct Tiles {
@@ -176,25 +180,36 @@ class VectorItem : Item<E> {
       fetch.values[t] = reinterpret_cast<const char*>(value);
       fetch.next_keys[t] = next != nullptr ? next : reinterpret_cast<const char*>(key);
     }
-    if constexpr (!std::is_same_v<E, typename E::Wide>) {
+    if constexpr (kQuantised) {
       // Each row block would decode the same codes again.
-      if (rows_ > kRowBlock) return attend_rows<typename E::Wide>(kv, unpack(tiles), nullptr);
+      if (rows_ > kRowBlock) {
+        Tiles<Wide> wide;
+        wide.count = tiles.count;
+        unpack(tiles.keys, tiles.count, 0, wide.keys);
+        unpack(tiles.values, tiles.count, 1, wide.values);
+        return attend_rows<Wide>(kv, wide, nullptr);
+      }
     }
     attend_rows<E>(kv, tiles, &fetch);
   }
 
-  Tiles<typename E::Wide> unpack(const Tiles<E>& tiles) const {
-    Tiles<typename E::Wide> wide;
-    wide.count = tiles.count;
+  // Copies of quantised tiles of K (part 0) or V (1), in units of the item.
+  void unpack(const Storage* const* tiles, int count, int part,
+              const typename Wide::Storage** wide) const {
     const int tile = kTileRows * head_size_;
-    for (int t = 0; t < tiles.count; ++t) {
-      uint16_t* key = s_.unpacked + 2 * t * tile;
-      E::unpack(tiles.keys[t], tile, key);
-      E::unpack(tiles.values[t], tile, key + tile);
-      wide.keys[t] = key;
-      wide.values[t] = key + tile;
+    for (int t = 0; t < count; ++t) {
+      uint16_t* copy = s_.unpacked + (2 * t + part) * tile;
+      E::unpack(tiles[t], tile, 1.f / Base::unit_, copy);
+      wide[t] = copy;
     }
-    return wide;
+  }
+
+  // Whether the codes of all tiles may be decoded in registers.
+  bool decodes(const Storage* const* tiles, int count) const {
+    for (int t = 0; t < count; ++t) {
+      if (!E::decodes(tiles[t], kTileRows * head_size_)) return false;
+    }
+    return true;
   }
 
   template <class W>
@@ -223,6 +238,13 @@ class VectorItem : Item<E> {
 
   template <class W, int MR>
   void score(int row, int tiles, const typename W::Storage* const* keys, const Fetch* fetch) {
+    if constexpr (W::kUnit != 1.f) {
+      if (!decodes(keys, tiles)) {
+        const typename Wide::Storage* wide[kStepTiles];
+        unpack(keys, tiles, 0, wide);
+        return score<Wide, MR>(row, tiles, wide, nullptr);
+      }
+    }
     const Arith* q = s_.query + row * head_size_;
     Lines lines(fetch != nullptr ? fetch->values : nullptr, tiles, tile_bytes());
     int t = 0;
@@ -241,6 +263,13 @@ class VectorItem : Item<E> {
 
   template <class W, int MR>
   void weigh(int row, int tiles, const typename W::Storage* const* values, const Fetch* fetch) {
+    if constexpr (W::kUnit != 1.f) {
+      if (!decodes(values, tiles)) {
+        const typename Wide::Storage* wide[kStepTiles];
+        unpack(values, tiles, 1, wide);
+        return weigh<Wide, MR>(row, tiles, wide, nullptr);
+      }
+    }
     if (fetch != nullptr) {
       Lines lines(fetch->next_keys, tiles, tile_bytes());
       weigh_dims<W, MR, true>(row, tiles, values, &lines);

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from reference import Case, Inputs, assert_matches_reference, quantised
 
 from bmc_core import native
-from bmc_core.attention import DTYPES, FP8_DTYPES, HEAD_SIZES, write_kv
+from bmc_core.attention import (
+    DTYPES,
+    FP8_DTYPES,
+    HEAD_SIZES,
+    AttentionBatch,
+    paged_attention,
+    write_kv,
+)
 
 R = 128
 EDGE_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, R - 1, R, R + 1, 300]
@@ -218,6 +225,62 @@ def test_fp8_codes_are_torchs(dtype: torch.dtype, cache_dtype: torch.dtype) -> N
     for got in (keys, values):
         assert torch.equal(got[~nan], expected[~nan])
         assert got.contiguous().view(cache_dtype).float()[nan].isnan().all()
+
+
+@pytest.mark.parametrize("query_heads", [1, 16])
+@pytest.mark.parametrize("cache_dtype", FP8_DTYPES)
+def test_every_fp8_code_is_read_as_its_value(
+    isa: str, cache_dtype: torch.dtype, query_heads: int
+) -> None:
+    """Few query rows decode in registers, more by an unpacked copy; subnormals and signs included.
+
+    A sequence per code: row 0 has K = V = 0, row 1 has the code everywhere, and the query takes
+    its K to a score of 1.
+    """
+    codes = torch.arange(256, dtype=torch.uint8).view(cache_dtype).float()
+    codes = codes[codes.isfinite() & (codes != 0)]
+    count = len(codes)
+    cache = torch.zeros(count, 1, 16, 64).to(cache_dtype)
+    rows = codes.view(-1, 1, 1).expand(count, 1, 32).contiguous()
+    write_kv(rows, rows, cache, torch.arange(count) * 16 + 1)
+    query = (1 / codes / 32).view(-1, 1, 1).expand(count, query_heads, 32).contiguous()
+    ones = torch.ones(count, dtype=torch.int32)
+    batch = AttentionBatch(
+        torch.arange(count + 1, dtype=torch.int32),
+        2 * ones,
+        torch.arange(count, dtype=torch.int32).view(-1, 1),
+        16,
+    )
+    out = torch.full_like(query, math.nan)
+    paged_attention(query, cache, batch, out, scale=1.0)
+    expected = (codes * torch.sigmoid(torch.tensor(1.0))).view(-1, 1, 1).expand_as(out)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("cache_dtype", FP8_DTYPES)
+def test_nan_in_an_fp8_cache_reaches_the_output(
+    isa: str, cache_dtype: torch.dtype, queries: int
+) -> None:
+    """Of K: everything that sees the row. Of V: its dimension. The others stay as they were."""
+    case = Case(seq_lens=[150], query_lens=[queries], cache_dtype=cache_dtype, poison=0.0)
+    clean = Inputs(case).run()
+    for part in (0, 1):
+        inputs = Inputs(case)
+        block = int(inputs.block_table[0, 70 // 32])
+        raw = inputs.kv_cache.view(torch.uint8)[block, 0].flatten()
+        row, dim = 70 % 32, 5
+        if part == 0:  # [rows/16][D/2][16][2]
+            at = row // 16 * 16 * 64 + dim // 2 * 32 + row % 16 * 2 + dim % 2
+        else:  # [rows/2][D][2]
+            at = 32 * 64 + row // 2 * 128 + dim * 2 + row % 2
+        raw[at] = 0xFF
+        out = inputs.run()
+        heads = case.query_heads // case.kv_heads
+        seen = torch.zeros_like(out, dtype=torch.bool)
+        seen[:, :heads, slice(None) if part == 0 else dim] = True
+        assert out[seen].isnan().all()
+        torch.testing.assert_close(out[~seen], clean[~seen])
 
 
 def test_fp8_scales_belong_to_fp8_caches() -> None:
