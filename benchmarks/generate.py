@@ -19,15 +19,10 @@ import torch
 
 from benchmarks.generate_systems import NAMES, GenerateSystem, build_model, make
 from benchmarks.inputs import relative_error
-from benchmarks.machine import (
-    MIN_READ_BYTES,
-    Neighbours,
-    available_bytes,
-    read_bandwidth,
-    threads_set,
-)
+from benchmarks.machine import MIN_READ_BYTES, available_bytes, read_bandwidth, threads_set
 from benchmarks.step_cases import MHA, Shape
 from benchmarks.timing import Timing, summary
+from bmc_core.neighbours import Neighbours
 
 LOGIT_TOLERANCE = 0.05
 """Largest ||a - b|| / ||b|| of the logits after eight layers of bfloat16."""

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.generate import GenerateReport, GenerateRow
-from benchmarks.machine import BUSY, describe, versions
+from benchmarks.machine import describe, versions
+from bmc_core.neighbours import BUSY
 
 SCHEMA = 1
 

@@ -19,11 +19,9 @@ from benchmarks.cases import Case, Goal, batches
 from benchmarks.children import ChildError
 from benchmarks.inputs import Inputs
 from benchmarks.machine import (
-    BUSY,
     MIN_READ_BYTES,
     Ceilings,
     Machine,
-    Neighbours,
     describe,
     openmp_runtimes,
     threads_set,
@@ -31,6 +29,7 @@ from benchmarks.machine import (
 )
 from benchmarks.systems import BMC, Arena, CPUAttn, Sdpa, SlabPool, System, Trial
 from benchmarks.timing import Timing, alternate
+from bmc_core.neighbours import BUSY, Neighbours
 
 SETS_OVER_L3 = 4
 MEMORY_SHARE = 0.5

@@ -24,8 +24,6 @@ from bmc_core.pages import prefer_huge_pages
 
 CACHES = Path("/sys/devices/system/cpu")
 MIN_READ_BYTES = 512 << 20
-BUSY = 0.05
-"""Share of the cores in others' hands from which a report says so."""
 DEFAULT_L3 = 32 << 20
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -120,33 +118,6 @@ def describe() -> Machine:
         os.getloadavg()[0],
         openmp_runtimes(),
     )
-
-
-class Neighbours:
-    """How much of the machine other processes take, from construction to `share`."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        """Seconds: of all cores busy, of this process and its ended children, of the clock."""
-        try:
-            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        except OSError:
-            return None
-        user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields)
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy, sum(os.times()[:4]), time.monotonic()
-
-    def share(self) -> float | None:
-        """Of all cores, 0 to 1. Children that still live count as others."""
-        now = self._now()
-        if now is None or self._before is None:
-            return None
-        busy, own, clock = (b - a for a, b in zip(self._before, now, strict=True))
-        available = clock * (os.cpu_count() or 1)
-        return min(1.0, max(0.0, busy - own) / available) if available else None
 
 
 def version(*distributions: str) -> str:

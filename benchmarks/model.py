@@ -21,12 +21,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.machine import Machine, Neighbours, describe, threads_set, versions
+from benchmarks.machine import Machine, describe, threads_set, versions
 from benchmarks.model_generate import PATHS, Generated, Generator, ModelShape
 from benchmarks.timing import Timing, summary
 from bmc_core.calibration import NATIVE_ROW_MULTIPLE, Calibration, auto_policy, calibrate
 from bmc_core.geometry import Geometry
 from bmc_core.model import Costs, Workload, best_growths, predict
+from bmc_core.neighbours import Neighbours
 from bmc_core.policy import BMCPolicy
 
 MOST_LOSS = 0.05

@@ -25,8 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import BUSY
 from benchmarks.model import MOST_LOSS, SLOPE, SLOPE_MARGIN, Curve, ModelReport, Point, Slope
+from bmc_core.neighbours import BUSY
 
 SCHEMA = 1
 _TITLES = {"padded": "sdpa over padding", "sdpa": "sdpa over views", "native": "native kernel"}

@@ -26,9 +26,7 @@ from rich.table import Table
 from benchmarks.children import Child
 from benchmarks.inputs import relative_error
 from benchmarks.machine import (
-    BUSY,
     MIN_READ_BYTES,
-    Neighbours,
     available_bytes,
     describe,
     read_bandwidth,
@@ -38,6 +36,7 @@ from benchmarks.machine import (
 from benchmarks.step_cases import StepCase
 from benchmarks.step_model import write_model
 from benchmarks.timing import SETTLE_SECONDS, Timing, summary
+from bmc_core.neighbours import BUSY, Neighbours
 
 SCHEMA = 1
 BACKENDS = {"bmc": "BMC", "cpu_attn": "CPU_ATTN"}

@@ -29,6 +29,7 @@ from bmc_core.calibration_measure import (
 )
 from bmc_core.geometry import Geometry
 from bmc_core.model import Costs, Workload, best_rows, growing_policy
+from bmc_core.neighbours import BUSY, Neighbours
 from bmc_core.policy import BMCPolicy
 
 logger = logging.getLogger("bmc_core")
@@ -192,7 +193,16 @@ def calibrate(
         logger.warning(
             "bmc_core: measuring this machine, once, about %.0f seconds: %s", 1.4 * seconds, reason
         )
+        neighbours = Neighbours()
         measured = _on_threads(threads, geometry, seconds, progress)
+        others = neighbours.share()
+        if others is not None and others > BUSY:
+            logger.warning(
+                "bmc_core: other processes took %.0f%% of the cores while this machine was "
+                "measured; for better figures, on an idle machine: %s",
+                100 * others,
+                "python -m bmc_core calibrate --refresh",
+            )
         try:
             files.save(key, measured)
         except OSError as error:

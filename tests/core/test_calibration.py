@@ -60,6 +60,20 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_known", {})
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="neighbours are read from /proc/stat")
+def test_a_busy_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calibration_measure, "MOST_BYTES", 4 * MIB)
+    burn = "import time; end = time.time() + 20\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", burn]) as neighbour:
+        with caplog.at_level(logging.WARNING, "bmc_core"):
+            calibrate(TINY, threads=1, seconds=0.6)
+        neighbour.terminate()
+    assert "other processes took" in caplog.text
+    assert "calibrate --refresh" in caplog.text
+
+
 def test_a_real_measurement_of_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_measure, "MOST_BYTES", 4 * MIB)
     told: list[float] = []
