@@ -12,7 +12,9 @@ somebody else, may hold anything, NaN and Inf too.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -27,9 +29,9 @@ _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _FP8_CODES = {dtype: code for code, dtype in enumerate(FP8_DTYPES, 1)}
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; allowed: {allowed}")
+# Called for every layer of every step: what is allowed is put into words only where it is not met.
+def _refusal(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name} is {value}; allowed: {allowed}")
 
 
 def _check_cpu_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, dim: int) -> None:
@@ -52,39 +54,42 @@ def _check_rows(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
-class _CacheGeometry:
-    """Shape and strides of a KV cache tensor, checked."""
+class _CacheGeometry(NamedTuple):
+    """Shape and strides of a KV cache tensor."""
 
-    __slots__ = ("block_size", "head_size", "heads", "num_blocks", "stride_block", "stride_head")
+    num_blocks: int
+    heads: int
+    block_size: int
+    head_size: int
+    stride_block: int
+    stride_head: int
 
-    def __init__(self, kv_cache: torch.Tensor) -> None:
-        if not isinstance(kv_cache, torch.Tensor):
-            raise TypeError(f"kv_cache is a {type(kv_cache).__name__}; allowed: a torch.Tensor")
-        if kv_cache.dtype not in _DTYPE_CODES and kv_cache.dtype not in _FP8_CODES:
-            raise TypeError(
-                f"kv_cache has dtype {kv_cache.dtype}; allowed: {(*DTYPES, *FP8_DTYPES)}"
-            )
-        _check_cpu_tensor("kv_cache", kv_cache, kv_cache.dtype, 4)
-        self.num_blocks, self.heads, self.block_size, width = kv_cache.shape
-        self.stride_block, self.stride_head, stride_row, stride_element = kv_cache.stride()
-        self.head_size = width // 2
-        _require(
-            width % 2 == 0 and self.head_size in HEAD_SIZES,
-            "kv_cache's last dimension",
-            width,
-            "2 x a head size of 32 to 256 in steps of 16",
+
+def _cache_geometry(kv_cache: torch.Tensor) -> _CacheGeometry:
+    if not isinstance(kv_cache, torch.Tensor):
+        raise TypeError(f"kv_cache is a {type(kv_cache).__name__}; allowed: a torch.Tensor")
+    if kv_cache.dtype not in _DTYPE_CODES and kv_cache.dtype not in _FP8_CODES:
+        raise TypeError(f"kv_cache has dtype {kv_cache.dtype}; allowed: {(*DTYPES, *FP8_DTYPES)}")
+    _check_cpu_tensor("kv_cache", kv_cache, kv_cache.dtype, 4)
+    return _checked_geometry(kv_cache.shape, kv_cache.stride())
+
+
+@functools.lru_cache(maxsize=256)
+def _checked_geometry(shape: tuple[int, ...], strides: tuple[int, ...]) -> _CacheGeometry:
+    num_blocks, heads, block_size, width = shape
+    stride_block, stride_head, stride_row, stride_element = strides
+    if width % 2 or width // 2 not in HEAD_SIZES:
+        raise _refusal(
+            "kv_cache's last dimension", width, "2 x a head size of 32 to 256 in steps of 16"
         )
-        _require(
-            self.block_size > 0 and self.block_size % BLOCK_ROWS == 0,
-            "kv_cache's block size",
-            self.block_size,
-            f"multiples of {BLOCK_ROWS}",
+    if block_size <= 0 or block_size % BLOCK_ROWS:
+        raise _refusal("kv_cache's block size", block_size, f"multiples of {BLOCK_ROWS}")
+    if stride_element != 1 or stride_row != width:
+        raise ValueError(
+            f"kv_cache has strides {strides}; allowed: contiguous inside a "
+            "(block, head), that is head-major blocks"
         )
-        if stride_element != 1 or stride_row != width:
-            raise ValueError(
-                f"kv_cache has strides {kv_cache.stride()}; allowed: contiguous inside a "
-                "(block, head), that is head-major blocks"
-            )
+    return _CacheGeometry(num_blocks, heads, block_size, width // 2, stride_block, stride_head)
 
 
 def _type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[int, int]:
@@ -104,6 +109,8 @@ def _type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[
 
 
 def _check_scales(kv_cache: torch.Tensor, key_scale: float, value_scale: float) -> None:
+    if key_scale == value_scale == 1.0:
+        return
     quantised = kv_cache.dtype in _FP8_CODES
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
         if not (math.isfinite(scale) and scale > 0) or not (quantised or scale == 1.0):
@@ -136,7 +143,7 @@ def write_kv(
         TypeError: a dtype is not the allowed one.
         ValueError, IndexError: a shape, stride, device or slot is not allowed. Nothing was written.
     """
-    cache = _CacheGeometry(kv_cache)
+    cache = _cache_geometry(kv_cache)
     dtype_code, cache_code = _type_codes("key", key, kv_cache)
     _check_rows("key", key, key.dtype)
     _check_rows("value", value, key.dtype)
@@ -144,14 +151,16 @@ def write_kv(
     _check_cpu_tensor("slot_mapping", slot_mapping, torch.int64, 1)
     tokens = key.shape[0]
     shape = (tokens, cache.heads, cache.head_size)
-    _require(tuple(key.shape) == shape, "key's shape", tuple(key.shape), f"{shape} (kv_cache's)")
-    _require(tuple(value.shape) == shape, "value's shape", tuple(value.shape), f"{shape} (key's)")
-    _require(
-        slot_mapping.shape[0] >= tokens and slot_mapping.is_contiguous(),
-        "slot_mapping's shape",
-        tuple(slot_mapping.shape),
-        f"contiguous, at least {tokens} (one slot per token)",
-    )
+    if key.shape != shape:
+        raise _refusal("key's shape", tuple(key.shape), f"{shape} (kv_cache's)")
+    if value.shape != shape:
+        raise _refusal("value's shape", tuple(value.shape), f"{shape} (key's)")
+    if slot_mapping.shape[0] < tokens or not slot_mapping.is_contiguous():
+        raise _refusal(
+            "slot_mapping's shape",
+            tuple(slot_mapping.shape),
+            f"contiguous, at least {tokens} (one slot per token)",
+        )
     native.module().write(
         key.data_ptr(),
         key.stride(0),
@@ -212,30 +221,28 @@ class AttentionBatch:
         _check_cpu_tensor("seq_lens", seq_lens, torch.int32, 1)
         _check_cpu_tensor("block_table", block_table, torch.int32, 2)
         sequences = seq_lens.shape[0]
-        _require(
-            query_start_loc.shape[0] == sequences + 1,
-            "query_start_loc's length",
-            query_start_loc.shape[0],
-            f"{sequences + 1} (sequences + 1)",
-        )
-        _require(
-            block_table.shape[0] >= sequences,
-            "block_table's shape",
-            tuple(block_table.shape),
-            f"at least {sequences} rows (one per sequence)",
-        )
+        if query_start_loc.shape[0] != sequences + 1:
+            raise _refusal(
+                "query_start_loc's length",
+                query_start_loc.shape[0],
+                f"{sequences + 1} (sequences + 1)",
+            )
+        if block_table.shape[0] < sequences:
+            raise _refusal(
+                "block_table's shape",
+                tuple(block_table.shape),
+                f"at least {sequences} rows (one per sequence)",
+            )
         if block_table.shape[1] > 0 and block_table.stride(1) != 1:
             raise ValueError(
                 f"block_table has strides {block_table.stride()}; allowed: contiguous rows"
             )
         if first_rows is not None:
             _check_cpu_tensor("first_rows", first_rows, torch.int32, 1)
-            _require(
-                first_rows.shape[0] == sequences,
-                "first_rows' length",
-                first_rows.shape[0],
-                f"{sequences} (one per sequence)",
-            )
+            if first_rows.shape[0] != sequences:
+                raise _refusal(
+                    "first_rows' length", first_rows.shape[0], f"{sequences} (one per sequence)"
+                )
             first_rows = first_rows.contiguous()
         self.first_rows = first_rows
         self.query_start_loc = query_start_loc.contiguous()
@@ -274,12 +281,12 @@ def _per_head(name: str, tensor: torch.Tensor | None, heads: int) -> int:
     if tensor is None:
         return 0
     _check_cpu_tensor(name, tensor, torch.float32, 1)
-    _require(
-        tensor.shape[0] == heads and tensor.is_contiguous(),
-        f"{name}'s shape",
-        tuple(tensor.shape),
-        f"contiguous ({heads},), one value per query head",
-    )
+    if tensor.shape[0] != heads or not tensor.is_contiguous():
+        raise _refusal(
+            f"{name}'s shape",
+            tuple(tensor.shape),
+            f"contiguous ({heads},), one value per query head",
+        )
     return tensor.data_ptr()
 
 
@@ -321,31 +328,29 @@ def paged_attention(
         TypeError: a dtype is not the allowed one.
         ValueError, IndexError: a shape, stride, device, length or block id is not allowed.
     """
-    cache = _CacheGeometry(kv_cache)
+    cache = _cache_geometry(kv_cache)
     dtype_code, cache_code = _type_codes("query", query, kv_cache)
     _check_rows("query", query, query.dtype)
     _check_rows("out", out, query.dtype)
     _check_scales(kv_cache, key_scale, value_scale)
     tokens, heads, head_size = query.shape
-    _require(head_size == cache.head_size, "query's head size", head_size, f"{cache.head_size}")
-    _require(out.shape == query.shape, "out's shape", tuple(out.shape), f"{tuple(query.shape)}")
-    _require(
-        batch.block_size == cache.block_size,
-        "the batch's block_size",
-        batch.block_size,
-        f"{cache.block_size} (kv_cache's)",
-    )
-    _require(
-        sliding_window is None or sliding_window > 0,
-        "sliding_window",
-        sliding_window,
-        "a positive number of rows, or None",
-    )
-    _require(logits_soft_cap >= 0.0, "logits_soft_cap", logits_soft_cap, "0 (none) or positive")
+    if head_size != cache.head_size:
+        raise _refusal("query's head size", head_size, f"{cache.head_size}")
+    if out.shape != query.shape:
+        raise _refusal("out's shape", tuple(out.shape), f"{tuple(query.shape)}")
+    if batch.block_size != cache.block_size:
+        raise _refusal(
+            "the batch's block_size", batch.block_size, f"{cache.block_size} (kv_cache's)"
+        )
+    if sliding_window is not None and sliding_window <= 0:
+        raise _refusal("sliding_window", sliding_window, "a positive number of rows, or None")
+    if not logits_soft_cap >= 0.0:
+        raise _refusal("logits_soft_cap", logits_soft_cap, "0 (none) or positive")
     slopes = _per_head("alibi_slopes", alibi_slopes, heads)
     sink_logits = _per_head("sinks", sinks, heads)
     plan = batch.plan(heads, cache.heads, sliding_window or 0)
-    _require(plan.num_tokens == tokens, "query's rows", tokens, f"{plan.num_tokens} (the batch's)")
+    if plan.num_tokens != tokens:
+        raise _refusal("query's rows", tokens, f"{plan.num_tokens} (the batch's)")
     native.module().attend(
         plan,
         query.data_ptr(),
