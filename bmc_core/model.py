@@ -164,6 +164,18 @@ class Workload:
         rows = math.ceil(self.length(step) - _ROUNDING) + self.draft_tokens + 1
         return min(rows, self.limit)
 
+    def first_step_beyond(self, capacity: int, step: int) -> int:
+        """The first step from ``step`` on whose `needed` rows exceed ``capacity``; else `steps`."""
+        room = capacity - self.prompt_rows - self.draft_tokens - 1
+        guess = min(self.steps, max(step, math.floor(room / self.kept_per_step) + 1))
+        # Rounding may put the guess a step off; `needed` alone decides, or growths and steps
+        # disagree and a caller waits for a growth that never comes.
+        while guess > step and self.needed(guess - 1) > capacity:
+            guess -= 1
+        while guess < self.steps and self.needed(guess) <= capacity:
+            guess += 1
+        return guess
+
 
 def tokens_per_step(draft_tokens: int, acceptance: float) -> float:
     """1 + a + ... + a^k: the verified row itself, and every draft token whose forerunners held."""
@@ -227,10 +239,7 @@ def segments(policy: BMCPolicy, work: Workload, *, know_limit: bool = True) -> I
     capacity, step, copied = hold(0, work.prompt_rows), 0, None
     steps = work.steps
     while True:
-        # The last step for which needed(step) <= capacity.
-        room = capacity - work.prompt_rows - work.draft_tokens - 1
-        end = 0 if room < 0 else math.floor(room / work.kept_per_step + _ROUNDING) + 1
-        end = steps if capacity >= work.limit else max(step, min(steps, end))
+        end = steps if capacity >= work.limit else work.first_step_beyond(capacity, step)
         yield Segment(capacity, step, end, copied)
         if end >= steps:
             return

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bmc_core.model import (
@@ -39,13 +39,10 @@ def enumerate_tokens(policy: BMCPolicy, work: Workload, costs: Costs, limit: int
         return math.ceil(policy.rows_to_hold(held, needed, limit) / multiple) * multiple
 
     capacity = hold(0, work.prompt_rows)
-    kept = tokens_per_step(work.draft_tokens, work.acceptance)
-    step = 0
-    while step * kept < work.new_rows - 1e-6:
-        valid = work.prompt_rows + step * kept
-        needed = min(math.ceil(valid - 1e-6) + work.draft_tokens + 1, limit)
-        if needed > capacity:
-            capacity = hold(capacity, needed)
+    for step in range(work.steps):
+        valid = work.length(step)
+        if work.needed(step) > capacity:
+            capacity = hold(capacity, work.needed(step))
             growths += 1
             copied += valid
             copy_seconds += costs.growth_seconds(valid)
@@ -55,8 +52,7 @@ def enumerate_tokens(policy: BMCPolicy, work: Workload, costs: Costs, limit: int
         padding += costs.c_row * free
         read += costs.c_read * (valid + work.draft_tokens + 1)
         step_seconds += costs.step_seconds(work.batch_size * (work.draft_tokens + 1))
-        step += 1
-    mean = max(0.0, spare) / step if step else 0.0
+    mean = max(0.0, spare) / work.steps if work.steps else 0.0
     return Prediction(
         growths, copied, copy_seconds, max(0.0, padding), read, step_seconds, mean, most
     )
@@ -70,6 +66,8 @@ def enumerate_tokens(policy: BMCPolicy, work: Workload, costs: Costs, limit: int
     st.integers(0, 5),
     st.floats(0, 1),
 )
+@example(BMCPolicy(r=1), 0, 8, 1, 1, 1e-9)  # lengths within rounding of whole rows
+@example(BMCPolicy(r=7), 100, 700, 1, 3, 1 - 2.0**-40)
 def test_prediction_is_the_sum_over_all_tokens(
     policy: BMCPolicy, prompt: int, new: int, multiple: int, drafts: int, acceptance: float
 ) -> None:
@@ -77,6 +75,17 @@ def test_prediction_is_the_sum_over_all_tokens(
     costs = Costs(COPY, ROW, READ, ALLOC, step_curve=((1, 1e-3), (16, 2e-3)))
     expected = enumerate_tokens(policy, work, costs, work.limit)
     assert predict(policy, work, costs) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(0, 700), st.integers(0, 700), st.integers(0, 5), st.floats(0, 1))
+def test_steps_keep_all_new_rows(prompt: int, new: int, drafts: int, acceptance: float) -> None:
+    """The fewest steps that keep N rows on average; each has room for its length and k + 1 rows."""
+    work = Workload(prompt, new, 1, drafts, acceptance)
+    kept = tokens_per_step(drafts, acceptance)
+    assert (work.steps - 1) * kept - 1e-6 < new <= work.steps * kept + 1e-6
+    for step in {0, 1, work.steps // 2, max(0, work.steps - 1)} & set(range(work.steps)):
+        rows = prompt + step * kept + drafts + 1
+        assert min(rows, work.limit) - 1e-6 <= work.needed(step) <= min(rows + 1, work.limit)
 
 
 @given(st.integers(1, 200), st.integers(0, 50), st.integers(1, 2000))
