@@ -286,15 +286,24 @@ def generate(
         int | None,
         typer.Option(min=1, help="Threads of every system. Default: the affinity mask's cores."),
     ] = None,
+    llama_cpp_python: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Python of an environment with llama-cpp-python and gguf: llama.cpp is timed too.",
+        ),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write the rows to this file.")
     ] = None,
 ) -> None:
     """A decode step of Hugging Face generation: BMC, transformers' caches and DeepSpeed in turns.
 
-    Ends with 1 when an answer differs, 2 when an option is not allowed.
+    Ends with 1 when an answer differs, 2 when an option is not allowed, 3 when a system cannot run
+    here.
     """
     from benchmarks import generate as steps_of
+    from benchmarks.children import ChildError
     from benchmarks.generate_report import generate_document, show_generate
     from benchmarks.generate_systems import NAMES
     from benchmarks.report import now, write_json
@@ -309,13 +318,20 @@ def generate(
     chosen = steps_of.FULL if cases is Cases.full else steps_of.QUICK
     if batch is not None and rows is not None:
         chosen = (steps_of.GenerateCase(batch, rows),)
-    options = steps_of.Options(chosen, threads or _cores(), names, r, rounds)
+    options = steps_of.Options(
+        chosen, threads or _cores(), names, r, rounds, llama_cpp_python=llama_cpp_python
+    )
     console = _console()
     with _progress(console) as progress:
         task = progress.add_task("starting", total=1.0)
-        report = steps_of.run(
-            options, lambda text, done: progress.update(task, description=text, completed=done)
-        )
+        try:
+            report = steps_of.run(
+                options, lambda text, done: progress.update(task, description=text, completed=done)
+            )
+        except ChildError as error:
+            progress.stop()
+            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+            raise typer.Exit(3) from None
     show_generate(report, console)
     if json is not None:
         write_json(generate_document(report, now()), json)

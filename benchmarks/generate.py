@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers import LlamaForCausalLM
 
 from benchmarks.generate_systems import NAMES, GenerateSystem, build_model, make
 from benchmarks.inputs import relative_error
+from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.machine import MIN_READ_BYTES, available_bytes, read_bandwidth, threads_set
 from benchmarks.step_cases import MHA, Shape
 from benchmarks.timing import Timing, summary
@@ -64,6 +68,7 @@ GOALS = tuple(
         ("bmc_packed", "dynamic", (9.0, 2.5, 4.0)),
         ("bmc_packed", "static", (4.5, 2.5, None)),
         ("bmc_packed", "deepspeed", (9.0, 2.5, None)),
+        ("bmc_packed", "llama_cpp", (None, 1.0, None)),
     )
     for case, least in zip(("8 x 2000", "1 x 2000", ""), goals, strict=True)
     if least is not None
@@ -73,7 +78,8 @@ GOALS = tuple(
 @dataclass(frozen=True)
 class Options:
     """A run: `rounds` turns; a turn is two steps of a peer and six of a BMC system, which must
-    also grow. `r`: rows per growth."""
+    also grow. `r`: rows per growth. `llama_cpp_python`: interpreter with llama-cpp-python, for
+    llama.cpp as one more system."""
 
     cases: Sequence[GenerateCase]
     threads: int
@@ -82,6 +88,7 @@ class Options:
     rounds: int = 5
     shape: Shape = field(default=MHA)
     dtype: torch.dtype = torch.bfloat16
+    llama_cpp_python: Path | None = None
 
     def rows(self, case: GenerateCase) -> int:
         """The case's rows, moved to where a chunk is almost full."""
@@ -98,7 +105,7 @@ class GenerateRow(NamedTuple):
         step_ms: median step plus its share of a growth.
         floor_ms: what reading the weights and the valid rows takes at the measured bandwidth.
         logits_error: of the first step, relative to those of the system's reference (DynamicCache,
-            or DeepSpeed as it is); NaN without it.
+            or the peer itself, where that computes otherwise); NaN without it.
         copied_mb, reserved_mb: counted by the cache; NaN where it does not count.
     """
 
@@ -142,7 +149,11 @@ Tell = Callable[[str, float], None]
 
 
 def run(options: Options, tell: Tell = lambda text, fraction: None) -> GenerateReport:
-    """Measures every case."""
+    """Measures every case.
+
+    Raises:
+        ChildError: `Options.llama_cpp_python` does not do.
+    """
     neighbours = Neighbours()
     rows: list[GenerateRow] = []
     with threads_set(options.threads):
@@ -153,19 +164,19 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> GenerateR
         tell("building the model", 0.02)
         most = max(case.rows for case in options.cases) + options.r + 8 * options.rounds + 64
         model = build_model(options.shape, most, options.dtype, seed=0)
-        systems, missing = _systems(options, model)
-        for number, case in enumerate(options.cases):
-            tell(case.name, 0.05 + 0.95 * number / len(options.cases))
-            needed, free = _case_bytes(case, options, len(systems)), available_bytes()
-            if needed > free:
-                missing.append(
-                    f"{case.name}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-                    "choose fewer systems with --systems"
-                )
-                continue
-            measured, wrong = _case(case, options, systems, read_gb_s)
-            rows += measured
-            failures += wrong
+        with _open_systems(options, model) as (systems, missing):
+            for number, case in enumerate(options.cases):
+                tell(case.name, 0.05 + 0.95 * number / len(options.cases))
+                needed, free = _case_bytes(case, options, len(systems)), available_bytes()
+                if needed > free:
+                    missing.append(
+                        f"{case.name}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+                        "free; choose fewer systems with --systems"
+                    )
+                    continue
+                measured, wrong = _case(case, options, systems, read_gb_s)
+                rows += measured
+                failures += wrong
     tell("done", 1.0)
     floors = [row._replace(step_ms=row.floor_ms) if not row.peer else row for row in rows]
     verdicts = [
@@ -180,22 +191,32 @@ def _case_bytes(case: GenerateCase, options: Options, systems: int) -> int:
     return (systems + 1) * case.batch * rows * options.shape.row_bytes
 
 
-def _systems(options: Options, model: torch.nn.Module) -> tuple[list[GenerateSystem], list[str]]:
-    systems, missing = [], []
+@contextmanager
+def _open_systems(
+    options: Options, model: LlamaForCausalLM
+) -> Iterator[tuple[list[GenerateSystem], list[str]]]:
+    """All systems that can run here, and why others cannot."""
+    systems: list[GenerateSystem] = []
+    missing = []
     for name in options.systems:
         try:
-            systems.append(make(name, model, options.r))  # type: ignore[arg-type]
+            systems.append(make(name, model, options.r))
         except ImportError as error:
             missing.append(f'{name}: {error}; pip install "bmc-llm[deepspeed]"')
-    return systems, missing
+    with ExitStack() as stack:
+        if options.llama_cpp_python is not None:
+            peer = LlamaCpp(model, options.llama_cpp_python, options.threads)
+            stack.callback(peer.close)
+            systems.append(peer)
+        yield systems, missing
 
 
 def check_tokens(options: Options, new: int = 40) -> list[str]:
     """Greedy float32 tokens of a small model by every system, against the first one's."""
     model = build_model(TINY, 256, torch.float32, seed=1)
     prompts = torch.randint(0, TINY.vocabulary, (3, 21))
-    systems, _ = _systems(Options([], options.threads, options.systems, r=16), model)
-    tokens = {system.title: system.generate(prompts, new) for system in systems}
+    with _open_systems(replace(options, cases=[], r=16), model) as (systems, _):
+        tokens = {system.title: system.generate(prompts, new) for system in systems}
     expected = next(iter(tokens.values()), None)
     return [
         f"greedy float32 tokens of {title} are not those of {next(iter(tokens))}"

@@ -1,18 +1,17 @@
 """The child process of `step.py`: one vLLM engine, stepped by request.
 
-Reads one JSON request per line from standard input, answers with one JSON line. The engine runs
-in this process, so that a step is timed without another process in between. Knows nothing of the
-engine that it is compared with.
+The engine runs in this process, so that a step is timed without another process in between. Knows
+nothing of the engine that it is compared with.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-import traceback
 from typing import Any
+
+from benchmarks.workers.answering import answer_requests
 
 TABLE_ROWS = 16384
 """Distinct rows of drawn keys and values."""
@@ -159,18 +158,7 @@ class Engine:
 
 
 def main() -> None:
-    # vLLM prints to standard output, which is the protocol's: it goes to the error stream.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    engine = Engine()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(engine, request.pop("do"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+    answer_requests(Engine)
     # Engines do not always end by themselves; nothing here is worth waiting for.
     sys.stdout.flush()
     os._exit(0)

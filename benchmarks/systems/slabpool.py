@@ -12,7 +12,7 @@ from benchmarks.children import Child, ChildError
 from benchmarks.inputs import Inputs, relative_error
 from benchmarks.systems.base import System, Trial, Unusable
 
-WORKER = Path(__file__).with_name("slabpool_worker.py")
+WORKER = Path(__file__).parents[1] / "workers" / "slabpool.py"
 START_SECONDS = 120.0
 CALL_SECONDS = 120.0
 

@@ -1,18 +1,16 @@
-"""The child process of `slabpool.py`: runs AMD's SlabPool in the Python that has pace-vllm.
+"""The child of `benchmarks.systems.slabpool`: AMD's SlabPool, in the Python that has pace-vllm.
 
 Run by path, with nothing of this project importable: only torch and the compiled library inside
 the package pace_vllm are used, neither vLLM nor the package's own start-up (which asks for a
-range of vLLM versions). Reads one JSON request per line, answers with one JSON line.
+range of vLLM versions).
 """
 
 import importlib.metadata
 import importlib.util
-import json
-import os
-import sys
 import time
-import traceback
 from pathlib import Path
+
+from answering import answer_requests
 
 
 class Worker:
@@ -97,23 +95,5 @@ class Worker:
         return {}
 
 
-def main():
-    # Whatever a library prints goes to the error stream: standard output is the protocol's.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    worker = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        action = request.pop("do")
-        try:
-            if worker is None:
-                worker = Worker()
-            answer = getattr(worker, action)(**request)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer_requests(Worker)
