@@ -36,9 +36,14 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
 
     The system may be set to use them always, when asked (the usual setting) or never.
     """
+    if fits_huge_pages(tensor.nbytes):
+        _advise(tensor, huge_page_bytes(), getattr(mmap, "MADV_HUGEPAGE", None))
+
+
+def fits_huge_pages(num_bytes: int) -> bool:
+    """Whether memory of that size can be on huge pages here."""
     size = huge_page_bytes()
-    if size and tensor.nbytes >= 2 * size:
-        _advise(tensor, size, getattr(mmap, "MADV_HUGEPAGE", None))
+    return size > 0 and num_bytes >= 2 * size
 
 
 def discard(tensor: torch.Tensor) -> None:

@@ -14,6 +14,7 @@
 #include "cache_write.h"
 #include "cpu_features.h"
 #include "plan.h"
+#include "spread.h"
 
 namespace py = pybind11;
 
@@ -155,6 +156,20 @@ void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head
                omp_get_max_threads()});
 }
 
+void spread(uintptr_t base, int64_t room, int64_t parts, int64_t valid, int64_t old_stride,
+            int64_t new_stride) {
+  if (parts < 0 || valid < 0 || valid > old_stride || old_stride > new_stride ||
+      (parts > 0 && new_stride > room / parts)) {
+    throw std::invalid_argument(std::to_string(parts) + " parts of " + std::to_string(valid) +
+                                " bytes, stride " + std::to_string(old_stride) + " to " +
+                                std::to_string(new_stride) + ", room for " + std::to_string(room) +
+                                "; allowed: bytes <= old stride <= new stride <= room / parts");
+  }
+  py::gil_scoped_release release;
+  spread_parts(reinterpret_cast<char*>(base), parts, valid, old_stride, new_stride,
+               omp_get_max_threads());
+}
+
 }  // namespace
 }  // namespace bmc
 
@@ -182,4 +197,5 @@ PYBIND11_MODULE(_native, m) {
       });
   m.def("attend", &attend);
   m.def("write", &write_rows);
+  m.def("spread", &spread);
 }

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from bmc_core import native
 from bmc_core.attention import DTYPES
 from bmc_core.kv_store import KVCounters, KVStore, PackedStore, RowsStore, why_not_packed
 from bmc_core.policy import BMCPolicy
@@ -169,7 +170,55 @@ def test_growths_are_the_policys(store: KVStore) -> None:
     assert store.counters.rows_copied == 32 + 64 + 96
     row = 2 * HEADS * SIZE * 4
     assert store.counters.bytes_copied == (32 + 64 + 96) * row
-    assert store.counters.bytes_allocated == (32 + 64 + 96 + 128) * row
+    # Packed rows grow where they are from 32 to 64 rows, and from 96 to 128.
+    allocated = {"rows": 32 + 64 + 96 + 128, "packed": 32 + 32 + 96 + 32}
+    assert store.counters.bytes_allocated == allocated[store.layout] * row
+    assert store.counters.bytes_held == 128 * row
+    peak = {"rows": (128 + 128 + 96) // 2, "packed": 64 + 96}
+    assert store.counters.bytes_peak == peak[store.layout] * row
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "dtype", "rows", "r"),
+    [(1, torch.float32, 1, 16), (3, torch.bfloat16, 100, 16), (40, torch.bfloat16, 700, 240)],
+)
+def test_rows_move_up_where_they_are(
+    batch: int, dtype: torch.dtype, rows: int, r: int, threads: int
+) -> None:
+    """Growths within the room behind the rows keep the memory, its content and nothing twice."""
+    store = PackedStore(BMCPolicy(r=r))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        filled = [random_rows(batch, rows, dtype)]
+        store.append(*filled[0])
+        place, capacity = store.tensor().data_ptr(), store.capacity
+        while store.capacity + r <= 2 * capacity:
+            filled.append(random_rows(batch, store.capacity - store.length + 1, dtype))
+            store.append(*filled[-1])
+            assert store.tensor().data_ptr() == place
+            assert store.counters.bytes_peak == store.num_bytes == store.counters.bytes_held
+        assert store.counters.growths >= 2
+        for held, part in ((store.keys(), 0), (store.values(), 1)):
+            assert torch.equal(held, torch.cat([pair[part] for pair in filled], dim=2))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_room_is_no_more_than_the_expected_rows() -> None:
+    store = PackedStore(BMCPolicy(r=32), limit=90)
+    store.append(*random_rows(2, 60))
+    assert store.tensor().untyped_storage().nbytes() == 96 * store.row_bytes
+    for twin in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
+        assert twin.tensor().untyped_storage().nbytes() == 64 * store.row_bytes
+
+
+def test_wrong_spreads_are_refused() -> None:
+    memory = torch.zeros(100, dtype=torch.uint8)
+    for wrong in ((2, 11, 10, 20), (2, 10, 20, 10), (2, 10, 10, 51), (-1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="allowed: bytes <= old stride <= new stride"):
+            native.module().spread(memory.data_ptr(), 100, *wrong)
 
 
 def test_plain_rows_are_views_of_the_valid_rows() -> None:
