@@ -20,7 +20,8 @@ from typing import Any
 
 from bmc_core.calibration_measure import AttentionCost, Measured
 
-SCHEMA = 2
+SCHEMA = 3
+"""Of the file, and of what its figures mean: changed with either."""
 MOST_AGE_SECONDS = 90 * 24 * 3600.0
 """Kernels and firmware are updated: what is older is measured again."""
 

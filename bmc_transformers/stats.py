@@ -18,7 +18,7 @@ class CacheStats:
     Attributes:
         tokens: tokens per sequence. `layouts`: layers per layout.
         rows_held: valid rows. `rows_reserved`: rows that fit. `rows_spare`: the difference.
-        growths: bigger tensors for full layers. `copies`: times that held rows were moved.
+        growths: more memory for layers that were full. `copies`: times that held rows were moved.
         bytes_allocated: all that was ever asked for. `bytes_reserved`: what is held now.
         bytes_peak: the most that was held at one time, growths included.
     """

@@ -1,7 +1,7 @@
 """The chunked KV store: K and V of one layer, growing as a policy says.
 
 Between two growths new rows are written in place, into the spare rows at the end. When they are
-used up, a bigger tensor is allocated and the valid rows are copied (BMC, arXiv 2511.12031).
+used up, the tensor grows and the valid rows are copied to their new places (BMC, arXiv 2511.12031).
 Forgetting the newest rows moves one counter back: no copy, no allocation.
 
 Promises: a call that raises leaves the store as it was, with its old rows usable. Knows nothing of
@@ -128,7 +128,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
-        """Holds `capacity` rows in new tensors, the first `dropped` valid rows left out.
+        """Holds `capacity` rows, the first `dropped` valid rows left out.
 
         `dense`: whether valid rows will soon fill most of them.
         """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class KVCounters:
     """Counts of one store, or of all stores of a cache together.
 
-    A growth is a bigger tensor for a store that was full. A copy is one time that held rows were
+    A growth is more memory for a store that was full. A copy is one time that held rows were
     moved to another place: by a growth, by sliding a window, or because the batch changed.
     """
 
