@@ -1,12 +1,14 @@
 """Timing several calls against each other: alternately, in one process, medians.
 
 Promises that whatever drifts (clock, neighbours on the machine) meets every trial alike: trials
-take turns call by call, and every round starts with another one. Knows nothing of what is called.
+take turns call by call, in another order in every round, so that none always follows the same one.
+Knows nothing of what is called.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +17,8 @@ from typing import NamedTuple
 
 # OpenMP threads spin for a while after a call; another process must not be timed meanwhile.
 SETTLE_SECONDS = 0.02
+# Threads that wake may share a core until the scheduler's next tick (4 ms) moves one of them.
+WAKE_SECONDS = 0.01
 
 
 class Timing(NamedTuple):
@@ -105,6 +109,7 @@ def alternate(
     """
     samples: list[list[float]] = [[] for _ in trials]
     order = list(range(len(trials)))
+    draw = random.Random(0)
     inside: tuple[str, int] | None = None
     collecting = gc.isenabled()
     gc.collect()
@@ -121,15 +126,19 @@ def alternate(
                 index = rounds + trial.first_set
                 where = (trial.process, trial.threads)
                 if where != inside:
-                    if inside is not None and inside[0] != trial.process:
+                    other_process = inside is not None and inside[0] != trial.process
+                    if other_process:
                         time.sleep(SETTLE_SECONDS)
                     trial.enter()
-                    # Threads that slept or do not exist yet: the first call is not the rule.
-                    # It takes the set used last, so that no set is cached when its turn comes.
+                    # Threads that slept or do not exist yet: the first calls are not the rule.
+                    # They take the set used last, so that no set is cached when its turn comes.
+                    awake = time.perf_counter() + (WAKE_SECONDS if other_process else 0.0)
                     trial.call(index - 1)
+                    while time.perf_counter() < awake:
+                        trial.call(index - 1)
                     inside = where
                 samples[place].append(trial.measure(index))
-            order = order[1:] + order[:1]
+            draw.shuffle(order)
             rounds += 1
             elapsed = time.perf_counter() - start
             tick(min(1.0, max(elapsed / budget if budget > 0 else 1.0, 0.0)))

@@ -139,6 +139,20 @@ def test_alternate_takes_turns() -> None:
     assert fractions[-1] == 1.0
 
 
+def test_no_trial_always_follows_the_same_one() -> None:
+    turns: list[int] = []
+
+    class Noted(Sleeper):
+        def call(self, index: int) -> None:
+            turns.append(trials.index(self))
+
+    trials = [Noted(0.0) for _ in range(3)]
+    alternate(trials, 0.0, min_rounds=12, max_rounds=12)
+    rounds = [turns[i : i + 3] for i in range(1, len(turns), 3)]  # after the first, untimed call
+    assert all(sorted(one) == [0, 1, 2] for one in rounds)
+    assert {turns[i - 1] for i in range(2, len(turns)) if turns[i] == 0} >= {1, 2}
+
+
 def test_trials_over_the_same_memory_begin_apart() -> None:
     trials = [Sleeper(0.0), Sleeper(0.0)]
     trials[1].first_set = 7
