@@ -9,6 +9,7 @@ nothing of how a system is built.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -284,9 +285,10 @@ def _alternate(
     """Seconds of the steps without a growth, and of those with one, by system."""
     seconds: dict[str, list[float]] = {system.name: [] for system in systems}
     growths: dict[str, list[float]] = {system.name: [] for system in systems}
-    for turn in range(rounds):
-        first = turn % len(systems)
-        for system in (*systems[first:], *systems[:first]):
+    order, draw = list(systems), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)  # what one leaves behind (freed memory, caches) meets all others
+        for system in order:
             for _ in range(2 if system.peer else 6):
                 before = _growths(system)
                 start = time.perf_counter()
