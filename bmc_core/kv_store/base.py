@@ -4,8 +4,9 @@ Between two growths new rows are written in place, into the spare rows at the en
 used up, the tensor grows and the valid rows are copied to their new places (BMC, arXiv 2511.12031).
 Forgetting the newest rows moves one counter back: no copy, no allocation.
 
-Promises: a call that raises leaves the store as it was, with its old rows usable. Knows nothing of
-layers, of models and of what the rows mean; all sequences of a store have the same number of rows.
+Promises: a call that raises leaves the store as it was, with its old rows usable; Ctrl-C never
+leaves rows half moved. Knows nothing of layers, of models and of what the rows mean; all sequences
+of a store have the same number of rows.
 
 Here is what the layouts share.
 """
@@ -18,6 +19,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from bmc_core.kv_store.counters import KVCounters
+from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.pages import DENSE, prefer_huge_pages
 
 REORDER_BYTES = 4 << 20
@@ -216,8 +218,9 @@ class KVStore(ABC):
         """
         indices = self.check_reorder(indices)
         if self.length and not torch.equal(indices.cpu(), torch.arange(self.batch_size)):
-            self._reorder(indices)
-            self.epoch += 1
+            with uninterrupted():
+                self._reorder(indices)
+                self.epoch += 1
             self.counters.copied(self.length, self.length * self.row_bytes)
 
     def check_reorder(self, indices: torch.Tensor) -> torch.Tensor:
@@ -243,8 +246,9 @@ class KVStore(ABC):
     def adopt(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Second half: sequence i is now what `indices[i]` was when `gathered` was called."""
         before = self.num_bytes
-        self._adopt(tensors)
-        self.epoch += 1
+        with uninterrupted():
+            self._adopt(tensors)
+            self.epoch += 1
         self.counters.allocated(self.num_bytes)
         self.counters.released(before)
         self.counters.copied(self.length, self.length * self.row_bytes)
@@ -265,6 +269,11 @@ class KVStore(ABC):
             oversized = droppable > self.capacity // 2 and self.capacity > 1024
             if not oversized:
                 return 0
+        with uninterrupted():
+            return self._move(rows, keep, droppable)
+
+    def _move(self, rows: int, keep: int | None, droppable: int) -> int:
+        """Grows or slides, so that there is room; returns how many rows were dropped."""
         if droppable == 0:
             target = rows_to_hold(self.policy, self.capacity, self.length + rows, self.limit)
             self._resize(target, 0, rows)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -354,6 +358,46 @@ def test_what_the_packed_layout_cannot_hold_is_said() -> None:
     assert "meta" in str(why_not_packed(key.to("meta"), value.to("meta")))
     with pytest.raises(ValueError, match='layout "packed" is not possible: the head size is 40'):
         PackedStore(BMCPolicy()).append(*random_rows(1, 1, size=40))
+
+
+@pytest.mark.parametrize("call", ["grow where they are", "grow elsewhere", "slide", "reorder"])
+def test_an_interrupt_waits_until_rows_have_moved(
+    store: KVStore, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGINT in the middle: it is raised, and every row is where it should be."""
+    key = filled(store, rows=64).keys().clone()
+    index = torch.tensor([2, 0, 1])
+    if call == "grow elsewhere":
+        store.append(*random_rows(3, 64))
+        store.truncate(64)
+        monkeypatch.setattr(store, "_spread", lambda *args: False, raising=False)
+    name = {"slide": "_slide", "reorder": "_reorder"}.get(call, "_hold")
+    real = getattr(store, name)
+
+    def interrupted(*args: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*args, **settings)
+
+    monkeypatch.setattr(store, name, interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    calls = {
+        "slide": lambda: store.append(*random_rows(3, 10), keep=16),
+        "reorder": lambda: store.reorder(index),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls.get(call, lambda: store.append(*random_rows(3, 65)))()
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.setattr(store, name, real)
+    expected = {"slide": key[:, :, 48:], "reorder": key[index]}.get(call, key)
+    assert torch.equal(store.keys()[:, :, : expected.shape[2]], expected)
+    new, _ = pair = random_rows(3, 1)
+    store.append(*pair)
+    assert torch.equal(store.keys()[:, :, -1:], new)
+
+
+def test_other_threads_have_no_interrupts_to_wait_for() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(filled, PackedStore(BMCPolicy(r=16)), 2, 40).result()
 
 
 OUT_OF_MEMORY = """
