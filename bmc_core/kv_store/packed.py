@@ -33,6 +33,9 @@ from bmc_core.kv_store.rows import move_to_front, reorder_in_place
 from bmc_core.kv_store.tables import StepTables
 from bmc_core.pages import PIECE, discard, fits_huge_pages
 
+WORTH_OTHER_PAGES = 16 << 20
+"""Bytes from which rows move elsewhere to be on huge pages, or to be on small ones."""
+
 
 def why_not_packed(key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why the native kernel cannot hold such rows `[batch, heads, rows, size]`; None: it can."""
@@ -238,18 +241,16 @@ class PackedStore(KVStore):
         self.capacity = capacity
 
     def _with_room(self, shape: tuple[int, int, int, int], dense: bool) -> torch.Tensor:
-        """A tensor of that shape, with addresses behind it for as many rows again, or for the rows
-        that are expected."""
+        """A tensor of that shape, with addresses behind it for the rows that are expected, or for
+        as many again."""
         kv = self.tensor()
         batch, heads, capacity, width = shape
-        rows = 2 * capacity if self.limit is None else min(2 * capacity, self._rounded(self.limit))
-        if rows > capacity:
+        expected = 0 if self.limit is None else self._rounded(self.limit)
+        for rows in (expected if expected >= capacity else 2 * capacity, 2 * capacity):
             try:
-                roomy = new_tensor((batch, heads, rows, width), kv, dense=dense)
-            except RuntimeError:  # address space is scarce too
-                pass
-            else:
-                return _resized(roomy, capacity)
+                return _resized(new_tensor((batch, heads, rows, width), kv, dense=dense), capacity)
+            except RuntimeError:  # address space is scarce
+                continue
         return new_tensor(shape, kv, dense=dense)
 
     def _spread(self, capacity: int, dense: bool) -> bool:
@@ -260,7 +261,9 @@ class PackedStore(KVStore):
         parts = 2 * batch * heads
         room = kv.untyped_storage().nbytes()
         needed = parts * capacity * part_bytes
-        if capacity < old_capacity or needed > room or dense != self._on_huge_pages:
+        if capacity < old_capacity or needed > room:
+            return False
+        if dense != self._on_huge_pages and needed >= WORTH_OTHER_PAGES:
             return False
         native.module().spread(
             kv.data_ptr(),
