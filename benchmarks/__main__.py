@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_Options = TypeVar("_Options")
+_Report = TypeVar("_Report")
+_Tell = Callable[[str, float], None]
 
 app = typer.Typer(
     help="BMC beside its peers on this machine. Every number is measured, and every answer "
@@ -54,6 +59,25 @@ def _progress(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def _run_shown(
+    run: Callable[[_Options, _Tell], _Report],
+    options: _Options,
+    console: Console,
+    *unable: type[Exception],
+) -> _Report:
+    """A run under a progress bar; ends with 3 where it raises one of `unable`."""
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=1.0)
+        try:
+            return run(
+                options, lambda text, done: progress.update(task, description=text, completed=done)
+            )
+        except unable as error:
+            progress.stop()
+            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+            raise typer.Exit(3) from None
 
 
 def _refuse(option: str, text: str) -> typer.BadParameter:
@@ -161,17 +185,7 @@ def kernel(
         isa=isa,
         pace_python=pace_python,
     )
-    with _progress(console) as progress:
-        task = progress.add_task("starting", total=1.0)
-        try:
-            report = run(
-                options,
-                lambda text, done: progress.update(task, description=text, completed=done),
-            )
-        except Unusable as error:
-            progress.stop()
-            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-            raise typer.Exit(3) from None
+    report = _run_shown(run, options, console, Unusable)
     reports.show_kernel(report, console)
     if json is not None:
         reports.write_json(reports.kernel_document(report), json)
@@ -241,17 +255,7 @@ def step(
         chosen, bind or steps_of.default_bind(), rounds, steps, compile_model, not prefill
     )
     console = _console()
-    with _progress(console) as progress:
-        task = progress.add_task("starting", total=1.0)
-        try:
-            report = steps_of.run(
-                options,
-                lambda text, done: progress.update(task, description=text, completed=done),
-            )
-        except (ChildError, MemoryError) as error:
-            progress.stop()
-            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-            raise typer.Exit(3) from None
+    report = _run_shown(steps_of.run, options, console, ChildError, MemoryError)
     steps_of.show_step(report, console)
     if json is not None:
         write_json(steps_of.step_document(report, now()), json)
@@ -322,16 +326,7 @@ def generate(
         chosen, threads or _cores(), names, r, rounds, llama_cpp_python=llama_cpp_python
     )
     console = _console()
-    with _progress(console) as progress:
-        task = progress.add_task("starting", total=1.0)
-        try:
-            report = steps_of.run(
-                options, lambda text, done: progress.update(task, description=text, completed=done)
-            )
-        except ChildError as error:
-            progress.stop()
-            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-            raise typer.Exit(3) from None
+    report = _run_shown(steps_of.run, options, console, ChildError)
     show_generate(report, console)
     if json is not None:
         write_json(generate_document(report, now()), json)
@@ -406,17 +401,7 @@ def model(
         batch_size=batch,
         paths=tuple(dict.fromkeys(path)) if path else models.PATHS,
     )
-    with _progress(console) as progress:
-        task = progress.add_task("starting", total=1.0)
-        try:
-            report = models.run(
-                options,
-                lambda text, done: progress.update(task, description=text, completed=done),
-            )
-        except (MemoryError, RuntimeError) as error:
-            progress.stop()
-            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-            raise typer.Exit(3) from None
+    report = _run_shown(models.run, options, console, MemoryError, RuntimeError)
     reports.show_model(report, console)
     if json is not None:
         write_json(reports.model_document(report, now()), json)

@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -199,17 +199,18 @@ def _open_systems(
     """All systems that can run here, and why others cannot."""
     systems: list[GenerateSystem] = []
     missing = []
-    for name in options.systems:
-        try:
-            systems.append(make(name, model, options.r))
-        except ImportError as error:
-            missing.append(f'{name}: {error}; pip install "bmc-llm[deepspeed]"')
-    with ExitStack() as stack:
+    try:
+        for name in options.systems:
+            try:
+                systems.append(make(name, model, options.r))
+            except ImportError as error:
+                missing.append(f'{name}: {error}; pip install "bmc-llm[deepspeed]"')
         if options.llama_cpp_python is not None:
-            peer = LlamaCpp(model, options.llama_cpp_python, options.threads)
-            stack.callback(peer.close)
-            systems.append(peer)
+            systems.append(LlamaCpp(model, options.llama_cpp_python, options.threads))
         yield systems, missing
+    finally:
+        for system in systems:
+            system.close()
 
 
 def check_tokens(options: Options, new: int = 40) -> list[str]:

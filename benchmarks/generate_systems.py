@@ -99,6 +99,9 @@ class GenerateSystem(ABC):
     def generate_arguments(self) -> dict[str, Any]:
         return {}
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """Ends what runs outside this process."""
+
     def stats(self) -> CacheStats | None:
         """What the cache counted; None for caches that do not count."""
         return self.cache.stats() if isinstance(self.cache, BMCCache) else None

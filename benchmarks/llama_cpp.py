@@ -47,7 +47,7 @@ class LlamaCpp(GenerateSystem):
         self.child = Child(f"--llama-cpp-python {python}", [str(python), str(WORKER)])
         try:
             tensors = _save(model, folder)
-            answer = self.child.ask(
+            self.child.ask(
                 CALL_SECONDS,
                 do="load",
                 folder=str(folder),
@@ -58,7 +58,6 @@ class LlamaCpp(GenerateSystem):
         except BaseException:
             self.close()
             raise
-        self.version = str(answer["version"])
 
     def new_cache(self, max_length: int) -> Cache:
         raise NotImplementedError("its cache lives in the child process")

@@ -32,6 +32,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from bmc_core.policy import MINIMUM_GROWTH, BMCPolicy
@@ -141,12 +142,12 @@ class Workload:
         if not 0.0 <= self.acceptance <= 1.0:
             raise ValueError(f"acceptance={self.acceptance}: expected 0 to 1")
 
-    @property
+    @cached_property
     def kept_per_step(self) -> float:
         """Rows kept of a step's k + 1, on average."""
         return tokens_per_step(self.draft_tokens, self.acceptance)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         return math.ceil(self.new_rows / self.kept_per_step - _ROUNDING)
 

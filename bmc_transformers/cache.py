@@ -22,6 +22,7 @@ from bmc_core.kv_store import (
     PackedStore,
     RowsStore,
     StepTables,
+    uninterrupted,
     why_not_packed,
 )
 from bmc_core.policy import BMCPolicy
@@ -189,8 +190,9 @@ class BMCCache(Cache):
         """Sequence i of every layer becomes what `beam_idx[i]` was, in place."""
         for store in self._filled():
             store.check_reorder(beam_idx)
-        for store in self._filled():
-            store.reorder(beam_idx)
+        with uninterrupted():
+            for store in self._filled():
+                store.reorder(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
@@ -205,8 +207,9 @@ class BMCCache(Cache):
     def _select(self, stores: list[KVStore], indices: torch.Tensor) -> None:
         # All new tensors exist before the first layer changes: a failure changes none.
         selected = [store.gathered(indices) for store in stores]
-        for store, tensors in zip(stores, selected, strict=True):
-            store.adopt(tensors)
+        with uninterrupted():
+            for store, tensors in zip(stores, selected, strict=True):
+                store.adopt(tensors)
 
     def _filled(self) -> list[KVStore]:
         return [

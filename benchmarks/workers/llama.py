@@ -36,7 +36,7 @@ class Worker:
         path.unlink()  # the mapping stays
         if not self.model:
             raise RuntimeError("llama.cpp does not load the GGUF file; see what it printed")
-        return {"version": api.__version__}
+        return {}
 
     def write_gguf(self, path, tensors):
         import numpy as np

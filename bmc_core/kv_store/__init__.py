@@ -2,6 +2,7 @@
 
 from bmc_core.kv_store.base import GrowthPolicy, KVStore
 from bmc_core.kv_store.counters import KVCounters
+from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.kv_store.packed import PackedStore, why_not_packed
 from bmc_core.kv_store.rows import RowsStore
 from bmc_core.kv_store.tables import StepTables
@@ -13,5 +14,6 @@ __all__ = [
     "PackedStore",
     "RowsStore",
     "StepTables",
+    "uninterrupted",
     "why_not_packed",
 ]

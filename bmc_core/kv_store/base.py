@@ -20,7 +20,7 @@ import torch
 
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
-from bmc_core.pages import DENSE, prefer_huge_pages
+from bmc_core.pages import DENSE, fits_huge_pages, prefer_huge_pages
 
 REORDER_BYTES = 4 << 20
 """Reordering goes through a buffer of about this size, small enough to stay in cache."""
@@ -307,7 +307,8 @@ class KVStore(ABC):
         self.epoch += 1
 
     def _dense(self, rows: int, capacity: int) -> bool:
-        return rows >= DENSE * capacity
+        """Whether so many rows make huge pages worth while for `capacity` of them."""
+        return rows >= DENSE * capacity and fits_huge_pages(capacity * self.row_bytes)
 
     def _rounded(self, rows: int) -> int:
         return -(-rows // self.row_multiple) * self.row_multiple

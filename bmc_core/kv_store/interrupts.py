@@ -15,7 +15,7 @@ from types import FrameType
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Postpones SIGINT to the end of the block.
+    """Postpones SIGINT to the end of the block, or of the outermost of several.
 
     Only the main thread is interrupted by signals; in others, and where the handler is not
     Python's, nothing is done.

@@ -31,7 +31,7 @@ from bmc_core.kv_store.base import GrowthPolicy, KVStore, new_tensor
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.rows import move_to_front, reorder_in_place
 from bmc_core.kv_store.tables import StepTables
-from bmc_core.pages import PIECE, discard, fits_huge_pages
+from bmc_core.pages import PIECE, discard
 
 WORTH_OTHER_PAGES = 16 << 20
 """Bytes from which rows move elsewhere to be on huge pages, or to be on small ones."""
@@ -218,7 +218,6 @@ class PackedStore(KVStore):
 
     def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
         kv = self.tensor()
-        dense = dense and fits_huge_pages(capacity * self.row_bytes)
         if dropped == 0 and self._spread(capacity, dense):
             return
         batch, heads, old_capacity, width = kv.shape
@@ -246,7 +245,7 @@ class PackedStore(KVStore):
         kv = self.tensor()
         batch, heads, capacity, width = shape
         expected = 0 if self.limit is None else self._rounded(self.limit)
-        for rows in (expected if expected >= capacity else 2 * capacity, 2 * capacity):
+        for rows in [expected, 2 * capacity] if expected >= capacity else [2 * capacity]:
             try:
                 return _resized(new_tensor((batch, heads, rows, width), kv, dense=dense), capacity)
             except RuntimeError:  # address space is scarce
@@ -256,12 +255,11 @@ class PackedStore(KVStore):
     def _spread(self, capacity: int, dense: bool) -> bool:
         """Holds `capacity` rows in the memory that is there; False: it cannot."""
         kv = self.tensor()
-        batch, heads, old_capacity, width = kv.shape
-        part_bytes = width // 2 * kv.element_size()  # K or V of a row of a head
-        parts = 2 * batch * heads
+        parts = 2 * kv.shape[0] * kv.shape[1]  # K and V of each head
+        part_bytes = self.row_bytes // parts
         room = kv.untyped_storage().nbytes()
-        needed = parts * capacity * part_bytes
-        if capacity < old_capacity or needed > room:
+        needed = capacity * self.row_bytes
+        if capacity < self.capacity or needed > room:
             return False
         if dense != self._on_huge_pages and needed >= WORTH_OTHER_PAGES:
             return False
@@ -270,7 +268,7 @@ class PackedStore(KVStore):
             room,
             parts,
             self._rounded(self.length) * part_bytes,
-            old_capacity * part_bytes,
+            self.capacity * part_bytes,
             capacity * part_bytes,
         )
         self._kv, self.capacity = _resized(kv, capacity), capacity

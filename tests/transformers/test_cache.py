@@ -6,9 +6,11 @@ import copy
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -377,6 +379,31 @@ def test_a_cache_is_reused_over_several_generate_calls() -> None:
         cache.reset()
         again = generated(model, {"inputs": prompt(), "past_key_values": cache}, 10)
         assert torch.equal(again.sequences, first.sequences)
+
+
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])
+def test_an_interrupt_waits_until_all_layers_have_changed(
+    layout: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGINT while the first layer changes: no layer keeps other sequences than the rest."""
+    cache, order = BMCCache(config(layout), 16), torch.tensor([2, 0, 1])
+    rows = [torch.randn(3, 4, 20, 32) for _ in cache.layers]
+    for layer, key in enumerate(rows):
+        cache.update(key, key, layer)
+    first = cache.layers[0].store
+    name = "_reorder" if change == "reorder_cache" else "_adopt"
+    real = getattr(first, name)
+
+    def interrupted(argument: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(argument)
+
+    monkeypatch.setattr(first, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(cache, change)(order)
+    assert len(rows) > 1
+    for layer, key in zip(cache.layers, rows, strict=True):
+        assert torch.equal(layer.keys, key[order])
 
 
 def test_a_shared_prefix_is_copied_and_continued() -> None:
