@@ -15,11 +15,11 @@ Metric = Literal["read_share", "gflops", "ratio", "cost", "spread", "efficiency"
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP8_CACHES = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-"""Quantised caches: vLLM's name, torch's dtype."""
+"""Quantized caches: vLLM's name, torch's dtype."""
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-4}
 """Largest ||out - reference|| / ||reference|| by dtype of the case."""
 FP8_PEER_TOLERANCE = 7e-2
-"""What a peer may be off over a quantised cache: CPU_ATTN's e4m3 is 4 to 5 % off even where the
+"""What a peer may be off over a quantized cache: CPU_ATTN's e4m3 is 4 to 5 % off even where the
 cache can hold every value exactly. BMC is held to `TOLERANCE`."""
 
 
@@ -225,7 +225,7 @@ def goal_cases() -> list[Case]:
         for dtype in ("float32", "float16")
         for case in (GQA, MHA)
     ]
-    quantised = [
+    quantized = [
         replace(case, name=f"{case.name} {cache}", cache=cache, goals=_fp8_goal(case))
         for cache, case in (("fp8_e4m3", GQA), ("fp8_e4m3", MHA), ("fp8_e5m2", MHA))
     ]
@@ -241,14 +241,14 @@ def goal_cases() -> list[Case]:
         uniform("prefill", 1, 32, 8, 128, 8192, 512, _over(1.5)),
         MIXED,
         *half_ways,
-        *quantised,
+        *quantized,
         replace(GQA, name="write 8x1 h32/8 d128", kind="write", goals=_write_goal(GQA)),
         replace(MHA, name="write 8x1 h32/32 d64", kind="write", goals=_write_goal(MHA)),
     ]
 
 
 def _fp8_goal(plain: Case) -> tuple[Goal, ...]:
-    """1.6 times as fast as our own attention over a cache that is not quantised."""
+    """1.6 times as fast as our own attention over a cache that is not quantized."""
     return (Goal("cost", 1 / 1.6, plain.name),)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,8 @@ from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.machine import MIN_READ_BYTES, available_bytes, read_bandwidth, threads_set
 from benchmarks.step_cases import MHA, Shape
 from benchmarks.timing import Timing, summary
-from bmc_core.neighbours import Neighbours
+from bmc_core.costs.measure import Progress
+from bmc_core.machine.load import Neighbors
 
 LOGIT_TOLERANCE = 0.05
 """Largest ||a - b|| / ||b|| of the logits after eight layers of bfloat16."""
@@ -146,16 +147,13 @@ class GenerateReport(NamedTuple):
     others: float | None
 
 
-Tell = Callable[[str, float], None]
-
-
-def run(options: Options, tell: Tell = lambda text, fraction: None) -> GenerateReport:
+def run(options: Options, tell: Progress = lambda text, fraction: None) -> GenerateReport:
     """Measures every case.
 
     Raises:
         ChildError: `Options.llama_cpp_python` does not do.
     """
-    neighbours = Neighbours()
+    neighbors = Neighbors()
     rows: list[GenerateRow] = []
     with threads_set(options.threads):
         tell("greedy tokens of a small model", 0.0)
@@ -183,7 +181,7 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> GenerateR
     verdicts = [
         Verdict(goal, measured_ratio(rows, goal), measured_ratio(floors, goal)) for goal in GOALS
     ]
-    return GenerateReport(rows, failures, missing, verdicts, options, read_gb_s, neighbours.share())
+    return GenerateReport(rows, failures, missing, verdicts, options, read_gb_s, neighbors.share())
 
 
 def _case_bytes(case: GenerateCase, options: Options, systems: int) -> int:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.generate import GenerateReport, GenerateRow
 from benchmarks.machine import describe, versions
-from bmc_core.neighbours import BUSY
+from bmc_core.machine.load import BUSY
 
 SCHEMA = 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,14 @@ from benchmarks.machine import (
     Ceilings,
     Machine,
     describe,
-    openmp_runtimes,
     threads_set,
     versions,
 )
 from benchmarks.systems import BMC, Arena, CPUAttn, Sdpa, SlabPool, System, Trial
 from benchmarks.timing import Timing, alternate
-from bmc_core.neighbours import BUSY, Neighbours
+from bmc_core.costs.measure import Progress
+from bmc_core.machine import openmp
+from bmc_core.machine.load import BUSY, Neighbors
 
 SETS_OVER_L3 = 4
 MEMORY_SHARE = 0.5
@@ -138,10 +139,6 @@ class Report(NamedTuple):
     failures: list[str]
 
 
-Tell = Callable[[str, float], None]
-"""Is told what is done now, and the fraction of the run that is done."""
-
-
 def _nobody(text: str, fraction: float) -> None:
     pass
 
@@ -180,7 +177,7 @@ def open_systems(options: Options, target: int) -> list[System]:
     return systems
 
 
-def run(options: Options, tell: Tell = _nobody) -> Report:
+def run(options: Options, tell: Progress = _nobody) -> Report:
     """Measures ceilings and cases.
 
     Raises:
@@ -188,7 +185,7 @@ def run(options: Options, tell: Tell = _nobody) -> Report:
         ValueError: `isa` is not usable on this machine.
     """
     machine = describe()
-    neighbours = Neighbours()
+    neighbors = Neighbors()
     notes: list[str] = []
     count = 4 if options.pace_python else 3
     target = options.sets_bytes or sets_target(machine, count, notes)
@@ -217,7 +214,7 @@ def run(options: Options, tell: Tell = _nobody) -> Report:
         tell("read bandwidth again", 1.0)
         ceilings.measure_again()
     rows = [row._replace(read_gb_s=ceilings.read(row.threads).rate) for row in session.rows]
-    machine = machine._replace(openmp=openmp_runtimes(), others=neighbours.share())
+    machine = machine._replace(openmp=openmp.runtimes(), others=neighbors.share())
     if len(machine.openmp) > 1:
         notes.append(f"More than one OpenMP runtime is loaded: {', '.join(machine.openmp)}.")
     if machine.others is not None and machine.others > BUSY:
@@ -247,7 +244,7 @@ class _Session:
     """The loop over batches of cases."""
 
     def __init__(
-        self, options: Options, systems: list[System], ceilings: Ceilings, tell: Tell
+        self, options: Options, systems: list[System], ceilings: Ceilings, tell: Progress
     ) -> None:
         self.options = options
         self.systems = systems

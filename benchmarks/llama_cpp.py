@@ -133,7 +133,7 @@ def _save(model: LlamaForCausalLM, folder: Path) -> list[str]:
             kind, name = _NAMES[part], f"blk.{layer}.{_NAMES[part]}.weight"
         else:
             kind, name = _NAMES[place], f"{_NAMES[place]}.weight"
-        if kind in heads:  # GGUF's llama rotates neighbours, transformers the two halves
+        if kind in heads:  # GGUF's llama rotates neighbors, transformers the two halves
             rows, columns = tensor.shape
             halves = tensor.view(heads[kind], 2, rows // heads[kind] // 2, columns)
             tensor = halves.transpose(1, 2).reshape(rows, columns)

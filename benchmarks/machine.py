@@ -10,22 +10,20 @@ import ctypes
 import functools
 import importlib.metadata
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bmc_core.pages import prefer_huge_pages
+from bmc_core.machine import openmp
+from bmc_core.machine.cpu import l3_bytes, model_name, num_cores
+from bmc_core.machine.memory import available_bytes, prefer_huge_pages
 
-CACHES = Path("/sys/devices/system/cpu")
 MIN_READ_BYTES = 512 << 20
 DEFAULT_L3 = 32 << 20
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Ceiling(NamedTuple):
@@ -50,73 +48,16 @@ class Machine(NamedTuple):
     """Share of all cores that other processes took during the run; None where not told."""
 
 
-def l3_bytes(root: Path = CACHES) -> int | None:
-    """Sum of the distinct L3 caches of the CPUs in the affinity mask; None where not told."""
-    caches: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        for index in sorted((root / f"cpu{cpu}" / "cache").glob("index*")):
-            try:
-                if (index / "level").read_text().strip() != "3":
-                    continue
-                size = (index / "size").read_text().strip()
-                shared = (index / "shared_cpu_list").read_text().strip()
-                caches[shared] = int(size.rstrip("KMG")) * _UNITS.get(size[-1], 1)
-            except (OSError, ValueError):
-                continue
-    return sum(caches.values()) or None
-
-
-def available_bytes() -> int:
-    """Memory that can be taken without swapping, within this process's control group."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) << 10
-    except OSError:
-        pass
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
-    return max(free, 0)
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def openmp_runtimes() -> tuple[str, ...]:
-    """File names of the OpenMP runtimes loaded in this process; more than one is a fault."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return ()
-    files = {line.split(None, 5)[5] for line in lines if len(line.split(None, 5)) == 6}
-    names = ("libgomp", "libiomp", "libomp")
-    return tuple(sorted(Path(f).name for f in files if Path(f).name.startswith(names)))
-
-
 def describe() -> Machine:
     l3 = l3_bytes()
     return Machine(
-        cpu_model(),
-        len(os.sched_getaffinity(0)),
+        model_name(),
+        num_cores(),
         l3 or DEFAULT_L3,
         l3 is not None,
         available_bytes(),
         os.getloadavg()[0],
-        openmp_runtimes(),
+        openmp.runtimes(),
     )
 
 

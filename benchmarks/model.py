@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,19 +24,20 @@ import torch
 from benchmarks.machine import Machine, describe, threads_set, versions
 from benchmarks.model_generate import PATHS, Generated, Generator, ModelShape
 from benchmarks.timing import Timing, summary
-from bmc_core.calibration import NATIVE_ROW_MULTIPLE, Calibration, auto_policy, calibrate
-from bmc_core.geometry import Geometry
-from bmc_core.model import Costs, Workload, best_growths, predict
-from bmc_core.neighbours import Neighbours
+from bmc_core.costs.calibration import NATIVE_ROW_MULTIPLE, Calibration, auto_policy, calibrate
+from bmc_core.costs.geometry import Geometry
+from bmc_core.costs.measure import Progress
+from bmc_core.costs.model import Costs, Workload, best_growths, predict
+from bmc_core.machine.load import Neighbors
 from bmc_core.policy import BMCPolicy
 
-MOST_LOSS = 0.05
+MAX_LOSS = 0.05
 """How much slower than the fastest r the picked one may be."""
 SLOPE, SLOPE_MARGIN = 0.5, 0.1
 """Of log T* over log N, for the path that pays padding. The paper's law is for P = 0; it is held
 against prompts of at most `SHORT_PROMPT` of the shortest N, longer ones only against the model."""
 SHORT_PROMPT = 0.25
-MOST_DISAGREEMENT = 0.02
+MAX_DISAGREEMENT = 0.02
 """Share of tokens after a sequence's first difference that float32 rounding may cause."""
 
 
@@ -150,12 +151,9 @@ class _Run(NamedTuple):
     up_front: bool = False
 
 
-Tell = Callable[[str, float], None]
-
-
-def run(options: Options, tell: Tell = lambda text, fraction: None) -> ModelReport:
+def run(options: Options, tell: Progress = lambda text, fraction: None) -> ModelReport:
     """Calibrates, then measures all generations in turns."""
-    neighbours = Neighbours()
+    neighbors = Neighbors()
     longest = max(options.lengths)
     with threads_set(options.threads):
         generator = Generator(options.shape, options.batch_size, max(options.prompts) + longest + 1)
@@ -177,7 +175,7 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> ModelRepo
     tell("done", 1.0)
     return ModelReport(
         options,
-        describe()._replace(others=neighbours.share()),
+        describe()._replace(others=neighbors.share()),
         versions(),
         calibration,
         curves,
@@ -212,7 +210,7 @@ def _runs(options: Options, geometry: Geometry) -> list[_Run]:
 
 
 def _measure(
-    options: Options, generator: Generator, runs: list[_Run], tell: Tell
+    options: Options, generator: Generator, runs: list[_Run], tell: Progress
 ) -> tuple[list[list[Generated]], list[str]]:
     """Every run `rounds` times, in turns; each round starts at another one."""
     references = {
@@ -234,10 +232,10 @@ def _measure(
                 one.path, BMCPolicy(r=one.r), one.prompt_rows, one.new_rows, one.limit
             )
             differing = _disagreement(found.tokens, references[one.prompt_rows])
-            if differing > MOST_DISAGREEMENT:
+            if differing > MAX_DISAGREEMENT:
                 failures.append(
                     f"{one.path}, P {one.prompt_rows}, r {one.r}: {differing:.1%} of the tokens "
-                    f"are not those of transformers' own cache; allowed: {MOST_DISAGREEMENT:.0%}"
+                    f"are not those of transformers' own cache; allowed: {MAX_DISAGREEMENT:.0%}"
                 )
             results[place].append(found)
             done += one.new_rows

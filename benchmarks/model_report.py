@@ -25,8 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.model import MOST_LOSS, SLOPE, SLOPE_MARGIN, Curve, ModelReport, Point, Slope
-from bmc_core.neighbours import BUSY
+from benchmarks.model import MAX_LOSS, SLOPE, SLOPE_MARGIN, Curve, ModelReport, Point, Slope
+from bmc_core.machine.load import BUSY
 
 SCHEMA = 1
 _TITLES = {"padded": "sdpa over padding", "sdpa": "sdpa over views", "native": "native kernel"}
@@ -69,8 +69,8 @@ def _curve(curve: Curve) -> dict[str, Any]:
         "picked_r": curve.picked.r,
         "fastest_r": curve.fastest.r,
         "loss": curve.loss,
-        "goal": MOST_LOSS,
-        "met": curve.loss <= MOST_LOSS,
+        "goal": MAX_LOSS,
+        "met": curve.loss <= MAX_LOSS,
         "predicted_best_growths": curve.predicted_best,
         "measured_best_growths": curve.measured_best,
         "offset_seconds": curve.offset,
@@ -111,7 +111,7 @@ def curve_table(curves: list[Curve]) -> Table:
     table.add_column("path")
     for name in ("P", "N", "picked r", "s", "spread", "fastest r", "s", "spread", "slower by"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in (f"<= {MOST_LOSS:.0%}", "r=8 to all: s", "T* model", "T* measured"):
+    for name in (f"<= {MAX_LOSS:.0%}", "r=8 to all: s", "T* model", "T* measured"):
         table.add_column(name, justify="right", no_wrap=True)
     before = ""
     for curve in curves:
@@ -125,7 +125,7 @@ def curve_table(curves: list[Curve]) -> Table:
             *(str(curve.prompt_rows), str(curve.new_rows), str(curve.picked.r)),
             *(f"{picked.ms / 1e3:.3f}", f"{picked.spread:.1%}", str(curve.fastest.r)),
             *(f"{fastest.ms / 1e3:.3f}", f"{fastest.spread:.1%}", f"{curve.loss:.1%}"),
-            _mark(curve.loss <= MOST_LOSS),
+            _mark(curve.loss <= MAX_LOSS),
             f"{times[0]:.2f} to {times[-1]:.2f}",
             f"{curve.predicted_best:.1f}" if padding else "",
             f"{curve.measured_best:.1f}" if padding else "",
@@ -182,13 +182,13 @@ def draw_model(report: ModelReport, path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    colours = pyplot.get_cmap("viridis")([i / len(options.lengths) for i in range(20)])
+    colors = pyplot.get_cmap("viridis")([i / len(options.lengths) for i in range(20)])
     for row, name in enumerate(options.paths):
         for column, prompt in enumerate(options.prompts):
             axes = grid[row][column]
             chosen = [c for c in report.curves if (c.path, c.prompt_rows) == (name, prompt)]
-            for colour, curve in zip(colours, chosen, strict=False):
-                _draw_curve(axes, curve, colour)
+            for color, curve in zip(colors, chosen, strict=False):
+                _draw_curve(axes, curve, color)
             axes.set_title(f"{_TITLES[name]}, P = {prompt}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -214,7 +214,7 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter("{x:g}")
 
 
-def _draw_curve(axes: Any, curve: Curve, colour: Any) -> None:
+def _draw_curve(axes: Any, curve: Curve, color: Any) -> None:
     rows = [point.r for point in curve.points]
     measured = [point.timing.ms / 1e3 for point in curve.points]
     errors = [
@@ -222,22 +222,22 @@ def _draw_curve(axes: Any, curve: Curve, colour: Any) -> None:
         [max(0.0, p.timing.high / 1e3 - m) for p, m in zip(curve.points, measured, strict=True)],
     ]
     predicted = [point.predicted + curve.offset for point in curve.points]
-    axes.plot(rows, predicted, color=colour, lw=1.5)
+    axes.plot(rows, predicted, color=color, lw=1.5)
     axes.errorbar(
-        *(rows, measured, errors), fmt="o", ms=4, color=colour, label=f"N = {curve.new_rows}"
+        *(rows, measured, errors), fmt="o", ms=4, color=color, label=f"N = {curve.new_rows}"
     )
     picked = curve.picked
-    axes.plot([picked.r], [picked.timing.ms / 1e3], "o", ms=11, mfc="none", color=colour)
+    axes.plot([picked.r], [picked.timing.ms / 1e3], "o", ms=11, mfc="none", color=color)
 
 
 def _draw_growths(axes: Any, report: ModelReport, curves: list[Curve]) -> None:
     for number, slope in enumerate(report.slopes):
         chosen = [curve for curve in curves if curve.prompt_rows == slope.prompt_rows]
         lengths = [curve.new_rows for curve in chosen]
-        colour = f"C{number}"
-        axes.plot(lengths, [c.predicted_best for c in chosen], "-", color=colour, lw=1.2)
+        color = f"C{number}"
+        axes.plot(lengths, [c.predicted_best for c in chosen], "-", color=color, lw=1.2)
         label = f"P = {slope.prompt_rows}: slope {slope.measured:.2f}, model {slope.predicted:.2f}"
-        axes.plot(lengths, [c.measured_best for c in chosen], "o", color=colour, label=label)
+        axes.plot(lengths, [c.measured_best for c in chosen], "o", color=color, label=label)
     axes.set_title("T*: model (lines), measured (points)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

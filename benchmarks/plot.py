@@ -9,15 +9,15 @@ from pathlib import Path
 from benchmarks.kernel import Row
 
 _MARKS = {"bmc": "o", "cpu_attn": "s", "sdpa": "^", "slabpool": "D"}
-_COLOURS = {"bmc": "#0b6e4f", "cpu_attn": "#c1440e", "sdpa": "#5b6c8f", "slabpool": "#9a6fb0"}
+_COLORS = {"bmc": "#0b6e4f", "cpu_attn": "#c1440e", "sdpa": "#5b6c8f", "slabpool": "#9a6fb0"}
 _LINES = {"bfloat16": "-", "float16": "-.", "float32": "--"}
 
 
-def _fill(colour: str, dtype: str) -> str | tuple[str, float]:
+def _fill(color: str, dtype: str) -> str | tuple[str, float]:
     """Full for bfloat16, pale for float16, none for float32."""
     if dtype == "float16":
-        return colour, 0.3
-    return colour if dtype == "bfloat16" else "none"
+        return color, 0.3
+    return color if dtype == "bfloat16" else "none"
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
@@ -90,8 +90,8 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
                 [r.case.flops / r.case.kv_bytes for r in points],
                 [r.gflops for r in points],
                 marker=_MARKS.get(system, "x"), s=46, zorder=3,
-                edgecolors=_COLOURS.get(system, "grey"), linewidths=1.3,
-                facecolors=_fill(_COLOURS.get(system, "grey"), dtype),
+                edgecolors=_COLORS.get(system, "grey"), linewidths=1.3,
+                facecolors=_fill(_COLORS.get(system, "grey"), dtype),
                 label=title if dtype == "bfloat16" else f"{title} {dtype}",
             )  # fmt: skip
     axes.set_xlabel("arithmetic intensity, FLOP per byte of K and V")

@@ -9,11 +9,10 @@ how an engine is built.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,9 @@ from benchmarks.machine import (
 from benchmarks.step_cases import StepCase
 from benchmarks.step_model import write_model
 from benchmarks.timing import SETTLE_SECONDS, Timing, summary
-from bmc_core.neighbours import BUSY, Neighbours
+from bmc_core.costs.measure import Progress
+from bmc_core.machine.cpu import allowed_cpus, to_list_text
+from bmc_core.machine.load import BUSY, Neighbors
 
 SCHEMA = 1
 BACKENDS = {"bmc": "BMC", "cpu_attn": "CPU_ATTN"}
@@ -103,20 +104,6 @@ class StepReport(NamedTuple):
         return case.shape.step_bytes(case.batch, case.rows) / self.read_gb_s / 1e6
 
 
-Tell = Callable[[str, float], None]
-
-
-def cpu_list(cpus: Iterable[int]) -> str:
-    """`{0, 1, 2, 5}` -> `0-2,5`."""
-    parts: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if parts and cpu == parts[-1][1] + 1:
-            parts[-1][1] = cpu
-        else:
-            parts.append([cpu, cpu])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
 def environment(bind: str, cache: Path) -> dict[str, str]:
     """Variables of both engines. What vLLM preloads for its own worker processes is preloaded
     here as well, since the engine runs in the child itself."""
@@ -140,7 +127,7 @@ def preloads() -> list[Path]:
     return found + sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
 
 
-def run(options: Options, tell: Tell = lambda text, fraction: None) -> StepReport:
+def run(options: Options, tell: Progress = lambda text, fraction: None) -> StepReport:
     """Measures every case.
 
     Raises:
@@ -149,7 +136,7 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> StepRepor
     """
     rows: list[StepRow] = []
     failures: list[str] = []
-    neighbours = Neighbours()
+    neighbors = Neighbors()
     for number, case in enumerate(options.cases):
         part = 1 / len(options.cases)
 
@@ -165,7 +152,7 @@ def run(options: Options, tell: Tell = lambda text, fraction: None) -> StepRepor
     with threads_set(rows[0].threads):
         read_gb_s = read_bandwidth(MIN_READ_BYTES).rate
     tell("done", 1.0)
-    return StepReport(rows, failures, options, read_gb_s, neighbours.share())
+    return StepReport(rows, failures, options, read_gb_s, neighbors.share())
 
 
 def _require_memory(case: StepCase, options: Options) -> None:
@@ -179,7 +166,7 @@ def _require_memory(case: StepCase, options: Options) -> None:
 
 
 def _case(
-    case: StepCase, options: Options, folder: Path, tell: Tell
+    case: StepCase, options: Options, folder: Path, tell: Progress
 ) -> tuple[list[StepRow], list[str]]:
     tell("writing the model", 0.0)
     max_rows = case.rows + options.new_rows + 16
@@ -248,7 +235,9 @@ def _case(
     return rows, failures
 
 
-def _alternate(children: dict[str, Child], options: Options, tell: Tell) -> dict[str, list[float]]:
+def _alternate(
+    children: dict[str, Child], options: Options, tell: Progress
+) -> dict[str, list[float]]:
     """Seconds of the timed steps, in turns; every round starts with the other engine."""
     seconds: dict[str, list[float]] = {name: [] for name in children}
     order = list(children)
@@ -389,4 +378,4 @@ def show_step(report: StepReport, console: Console) -> None:
 
 def default_bind() -> str:
     """All CPUs of the affinity mask."""
-    return cpu_list(os.sched_getaffinity(0))
+    return to_list_text(allowed_cpus())

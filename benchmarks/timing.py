@@ -1,6 +1,6 @@
 """Timing several calls against each other: alternately, in one process, medians.
 
-Promises that whatever drifts (clock, neighbours on the machine) meets every trial alike: trials
+Promises that whatever drifts (clock, neighbors on the machine) meets every trial alike: trials
 take turns call by call, in another order in every round, so that none always follows the same one.
 Knows nothing of what is called.
 """

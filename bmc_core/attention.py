@@ -111,10 +111,10 @@ def _type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[
 def _check_scales(kv_cache: torch.Tensor, key_scale: float, value_scale: float) -> None:
     if key_scale == value_scale == 1.0:
         return
-    quantised = kv_cache.dtype in _FP8_CODES
+    quantized = kv_cache.dtype in _FP8_CODES
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-        if not (math.isfinite(scale) and scale > 0) or not (quantised or scale == 1.0):
-            allowed = "a positive number" if quantised else f"1 for a cache of {kv_cache.dtype}"
+        if not (math.isfinite(scale) and scale > 0) or not (quantized or scale == 1.0):
+            allowed = "a positive number" if quantized else f"1 for a cache of {kv_cache.dtype}"
             raise ValueError(f"{name} is {scale}; allowed: {allowed}")
 
 

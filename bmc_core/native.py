@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from types import ModuleType
 
 ISA_VARIABLE = "BMC_ISA"
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 @functools.cache

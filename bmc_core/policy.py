@@ -2,7 +2,8 @@
 
 Promises one answer: given the rows that are held and the rows that are needed, how many to hold
 from now on. Knows nothing of tensors, blocks, layers or any framework; a caller whose storage
-comes in blocks rounds the answer up to whole blocks. What a policy costs is `bmc_core.model`'s.
+comes in blocks rounds the answer up to whole blocks. What a policy costs is
+`bmc_core.costs.model`'s.
 
 ``r`` and ``T`` are the paper's (arXiv 2511.12031): the rows that one growth adds, and the number of
 growths in which a sequence reaches its last row. ``N`` is here the ``limit``: all rows that a
@@ -43,8 +44,8 @@ class BMCPolicy:
     ``BMCPolicy.growing(c=4.0)``
         r(n) = c sqrt(n): for a sequence of unknown length. O(sqrt(N)) growths to N rows.
     ``BMCPolicy("auto")``
-        not decided yet: `bmc_core.calibration.auto_policy` turns it into one of the above by what
-        this machine was measured to do. Used as it is, it behaves as ``BMCPolicy.growing()``.
+        not decided yet: `bmc_core.auto_policy` turns it into one of the above by what this machine
+        was measured to do. Used as it is, it behaves as ``BMCPolicy.growing()``.
 
     Two policies are equal when they give the same answers by the same setting.
 
@@ -91,7 +92,7 @@ class BMCPolicy:
         """r(n) = max(minimum, ceil(c sqrt(n))), n being the rows needed.
 
         Args:
-            c: factor, positive. The best one is sqrt(2 c_copy / c_row), see `bmc_core.model`.
+            c: factor, positive. The best one is sqrt(2 c_copy / c_row), see `bmc_core.costs.model`.
             minimum: fewest rows added.
 
         Raises:

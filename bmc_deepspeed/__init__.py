@@ -10,6 +10,6 @@ from bmc_deepspeed.hooks import install
 install()
 
 from bmc_deepspeed.config import BMCPolicyConfig  # noqa: E402
-from bmc_deepspeed.policy import BMCInjectionPolicy  # noqa: E402
+from bmc_deepspeed.injection_policy import BMCInjectionPolicy  # noqa: E402
 
 __all__ = ["BMCInjectionPolicy", "BMCPolicyConfig"]

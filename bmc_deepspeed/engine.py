@@ -11,7 +11,7 @@ from typing import Any
 from deepspeed import InferenceEngine as _InferenceEngine
 from deepspeed.utils import log_dist
 
-from bmc_deepspeed.policy import BMCInjectionPolicy
+from bmc_deepspeed.injection_policy import BMCInjectionPolicy
 
 
 class InferenceEngine(_InferenceEngine):

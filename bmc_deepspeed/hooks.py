@@ -17,6 +17,8 @@ from deepspeed.utils import logger
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from bmc_core.log import log_once
+
 TESTED_DEEPSPEED = ">=0.19.8,<0.20"
 """DeepSpeed versions that the tests ran with."""
 
@@ -25,19 +27,29 @@ REGISTRY = "deepspeed.inference.kv_policy"
 
 def install() -> None:
     """Makes DeepSpeed know the KV policy "bmc"."""
-    if importlib.util.find_spec(REGISTRY) is not None:
+    reason = why_aside()
+    if reason is not None:
+        log_once(logger, f"bmc_deepspeed steps aside, kv_policy is not available: {reason}")
+    elif _has_registry():
         _register()
-    elif SpecifierSet(TESTED_DEEPSPEED).contains(Version(deepspeed.__version__).base_version):
-        _rebind()
     else:
-        logger.warning(
-            f"bmc_deepspeed steps aside, kv_policy is not available: DeepSpeed "
-            f"{deepspeed.__version__} is outside the tested range {TESTED_DEEPSPEED}"
-        )
+        _rebind()
+
+
+def why_aside() -> str | None:
+    """Why this DeepSpeed is left as it is; None: it takes ``kv_policy``."""
+    tested = SpecifierSet(TESTED_DEEPSPEED).contains(Version(deepspeed.__version__).base_version)
+    if tested or _has_registry():
+        return None
+    return f"DeepSpeed {deepspeed.__version__} is outside the tested range {TESTED_DEEPSPEED}"
+
+
+def _has_registry() -> bool:
+    return importlib.util.find_spec(REGISTRY) is not None
 
 
 def _register() -> None:
-    from bmc_deepspeed.policy import BMCInjectionPolicy
+    from bmc_deepspeed.injection_policy import BMCInjectionPolicy
 
     registry = importlib.import_module(REGISTRY)
     registry.register_kv_policy("bmc", BMCInjectionPolicy)

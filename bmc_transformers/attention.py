@@ -1,22 +1,25 @@
 """The "bmc" attention function: the native kernel where it can, transformers' own where it cannot.
 
 Promises the result of transformers' attention for the same mask. The mask alone says who sees whom,
-as with "sdpa"; `softcap` and `s_aux` (attention sinks), which "sdpa" ignores, are honoured as
-"eager" honours them. What the kernel lacks is computed from plain rows, with one log line.
+as with "sdpa"; `softcap` and `s_aux` (attention sinks), which "sdpa" ignores, are honored as
+"eager" honors them. What the kernel lacks is computed from plain rows, with one log line.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from bmc_core.log import log_once
 from bmc_transformers.gradients import refuse_gradients, wants_gradients
 from bmc_transformers.lazy import CausalMask, LazyTensor, PackedRows
-from bmc_transformers.log import say_once
 from bmc_transformers.masks import bmc_mask
+
+logger = logging.getLogger("bmc_transformers")
 
 NAME = "bmc"
 
@@ -78,7 +81,7 @@ def bmc_attention(
         reason = _why_not_native(query, key, value, attention_mask, dropout, is_causal, kwargs)
         if reason is None:
             return _native(query, key, attention_mask, scaling, softcap, s_aux), None
-        say_once(f"bmc attention: plain torch attention is used, because {reason}")
+        log_once(logger, f"bmc attention: plain torch attention is used, because {reason}")
         if attention_mask is None and is_causal:
             attention_mask = _causal_mask(query, key, aligned_to_end=True)
     query, key, value, attention_mask = map(_plain, (query, key, value, attention_mask))

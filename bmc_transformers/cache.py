@@ -9,6 +9,7 @@ same rows. Knows nothing of `generate`.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ from bmc_core.kv_store import (
     uninterrupted,
     why_not_packed,
 )
+from bmc_core.log import log_once
 from bmc_core.policy import BMCPolicy
 from bmc_transformers import attention
 from bmc_transformers.layers import BMCLayer, BMCSlidingLayer, length_after_crop, repeated
-from bmc_transformers.log import say_once
 from bmc_transformers.stats import CacheStats, cache_stats
+
+logger = logging.getLogger("bmc_transformers")
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -83,7 +86,7 @@ class _Stores:
         reason = why_not_packed(key, value)
         if reason is None:
             return "packed"
-        say_once(f"BMCCache: plain rows and torch attention, because {reason}")
+        log_once(logger, f"BMCCache: plain rows and torch attention, because {reason}")
         return "rows"
 
     def make(self, key: torch.Tensor, value: torch.Tensor) -> KVStore:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from bmc_core.kv_store import GrowthPolicy
+from bmc_core.log import log_once
 from bmc_transformers import attention as bmc_attention
 from bmc_transformers import linears
+from bmc_transformers.auto_policy import policy_for
 from bmc_transformers.cache import BMCCache, PolicyLike, as_policy, unsupported_layer_types
-from bmc_transformers.log import say_once
-from bmc_transformers.policies import policy_for
+
+logger = logging.getLogger("bmc_transformers")
 
 Attention = Literal["bmc", "stock"]
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -150,7 +153,7 @@ def _choose_attention(model: PreTrainedModel, attention: str | None) -> Attentio
         return "bmc"
     if attention == "bmc":
         raise ValueError(f'attention="bmc": {reason}; allowed: "stock" or None')
-    say_once(f"bmc_transformers: cache without the native kernel, because {reason}")
+    log_once(logger, f"bmc_transformers: cache without the native kernel, because {reason}")
     return "stock"
 
 
@@ -242,7 +245,7 @@ def _assistant_enabled(assistant: Any, settings: _Enabled) -> Iterator[None]:
             attention=None if settings.attention == "bmc" else "stock",
         )
     except (TypeError, ValueError) as error:
-        say_once(f"bmc_transformers: the assistant keeps its own cache: {error}")
+        log_once(logger, f"bmc_transformers: the assistant keeps its own cache: {error}")
     try:
         yield
     finally:

@@ -6,20 +6,23 @@ time and reaches a part of the memory's bandwidth; a packed weight is read as it
 `unpack_linears`, which brings the very same `Parameter` objects back.
 
 Packed are modules that are exactly `torch.nn.Linear`, on the CPU, in bfloat16 or float32. Left
-alone are subclasses (AutoTP's layers, quantised layers), weights that another module shares (tied
+alone are subclasses (AutoTP's layers, quantized layers), weights that another module shares (tied
 embeddings) and modules whose `forward` somebody has replaced. State dicts have the plain weight.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bmc_core.log import log_once
 from bmc_transformers.gradients import refuse_gradients, wants_gradients
-from bmc_transformers.log import say_once
+
+logger = logging.getLogger("bmc_transformers")
 
 DTYPES = (torch.bfloat16, torch.float32)
 """Where packing was measured to help; float16 was not faster."""
@@ -77,7 +80,7 @@ class PackedLinear(torch.nn.Linear):
             if reason is None:
                 self.pack()
             else:
-                say_once(f"pack_linears: a linear layer is no longer packed, because {reason}")
+                log_once(logger, f"pack_linears: a layer is no longer packed, because {reason}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self._packed_again(lambda: super(PackedLinear, self)._apply(fn, recurse))
@@ -140,7 +143,7 @@ def pack_linears(model: torch.nn.Module) -> int:
             module.pack()  # type: ignore[operator]
             count += 1
     if count == 0:
-        say_once(f"pack_linears: nothing to pack in {type(model).__name__}")
+        log_once(logger, f"pack_linears: nothing to pack in {type(model).__name__}")
     return count
 
 

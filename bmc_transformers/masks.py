@@ -28,7 +28,7 @@ _WINDOW_CODE = sliding_window_overlay(1).__code__
 def causal_window(mask_function: Callable[..., Any]) -> tuple[bool, int | None]:
     """Whether a mask function is plainly causal, and its window if it has one.
 
-    It is recognised by identity, and by the code of the closures that transformers builds it from,
+    It is recognized by identity, and by the code of the closures that transformers builds it from,
     so that anything else, however similar, is not taken for it.
     """
     if mask_function is causal_mask_function:

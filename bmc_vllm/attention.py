@@ -43,7 +43,7 @@ FP8_KV_CACHE = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""Quantised caches by vLLM's names; vLLM hands them over as uint8."""
+"""Quantized caches by vLLM's names; vLLM hands them over as uint8."""
 
 
 class BMCAttentionBackend(AttentionBackend):
@@ -232,7 +232,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
 
         Args:
             query: [T, num_heads, head_size], T may include padding.
-            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], uint8 where quantised.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], uint8 where quantized.
             attn_metadata: None while vLLM warms up.
             output: [T, num_heads, head_size], written for the tokens that are no padding.
         """
@@ -276,7 +276,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
         )
 
     def _scales(self, layer: Any) -> dict[str, float]:
-        """The layer's scales of quantised keys and values; a plain cache has none."""
+        """The layer's scales of quantized keys and values; a plain cache has none."""
         if self._fp8 is None:
             return {}
         return {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}

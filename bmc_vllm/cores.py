@@ -8,33 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
+
+from bmc_core.machine.cpu import physical_cores, to_list_text
 
 SETTING = "VLLM_CPU_OMP_THREADS_BIND"
-_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-
-
-def physical_cores(cpus: set[int]) -> list[int]:
-    """One logical CPU (the lowest) of each physical core in ``cpus``, sorted."""
-    cores: dict[str, int] = {}
-    for cpu in sorted(cpus):
-        try:
-            key = Path(_SIBLINGS.format(cpu)).read_text().strip()
-        except OSError:
-            key = str(cpu)
-        cores.setdefault(key, cpu)
-    return sorted(cores.values())
-
-
-def to_list_text(cpus: list[int]) -> str:
-    """Sorted CPU ids as text: [0, 1, 2, 5] -> "0-2,5"."""
-    parts: list[list[int]] = []
-    for cpu in cpus:
-        if parts and cpu == parts[-1][1] + 1:
-            parts[-1][1] = cpu
-        else:
-            parts.append([cpu, cpu])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def idle_core_warning(threads: int, workers: int, parent_pid: int) -> str | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bmc_core.pages import PAGE, prefer_huge_pages
+from bmc_core.machine.memory import PAGE, prefer_huge_pages
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig

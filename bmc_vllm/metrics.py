@@ -2,7 +2,7 @@
 
 The numbers arise in the scheduler's and the workers' processes, ``/metrics`` is answered by the
 API server's. vLLM's own channel between them carries a fixed set of fields, and its plugin group
-for stat loggers would change stock behaviour wherever this package is installed. So the three
+for stat loggers would change stock behavior wherever this package is installed. So the three
 share one small file: the front-end process creates it while vLLM's configuration is checked and
 hands its name down in the environment; writers store plain 8-byte integers; the collector reads
 them when it is asked.

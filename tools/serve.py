@@ -16,11 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file is run as a script
 
+from bmc_core.machine.cpu import allowed_cpus, physical_cores  # noqa: E402
+from bmc_core.machine.memory import available_bytes  # noqa: E402
 from tools import demo_model  # noqa: E402
 
 # vLLM's "auto" binding leaves one core to the API server and the scheduler. On few cores that
 # is a large share of the machine, and the scheduler sleeps while the worker computes.
-MOST_CORES_TO_BIND_ALL = 4
+MAX_CORES_TO_BIND_ALL = 4
 GIB = 1 << 30
 
 
@@ -28,36 +30,16 @@ def say(text: str) -> None:
     print(f"serve: {text}", flush=True)
 
 
-def physical_cores(allowed: set[int]) -> list[int]:
-    """One logical CPU of each physical core that this process may run on."""
-    chosen: dict[str, int] = {}
-    for cpu in sorted(allowed):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.is_file() else str(cpu)
-        chosen.setdefault(core, cpu)
-    return list(chosen.values())
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping; 0 where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
 def choose_settings(environment: MutableMapping[str, str]) -> None:
     """Fill in vLLM's CPU settings that the user has not set, and print what is in force."""
     chosen = {}
     if "VLLM_CPU_KVCACHE_SPACE" not in environment:
         # A quarter of what is free, for the model needs room too; 4 GiB is plenty to start with.
-        gib = max(1, min(4, available_memory() // 4 // GIB))
+        gib = max(1, min(4, available_bytes() // 4 // GIB))
         chosen["VLLM_CPU_KVCACHE_SPACE"] = str(gib)
     if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
-        cores = physical_cores(os.sched_getaffinity(0))
-        few = len(cores) <= MOST_CORES_TO_BIND_ALL
+        cores = physical_cores(allowed_cpus())
+        few = len(cores) <= MAX_CORES_TO_BIND_ALL
         chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores)) if few else "auto"
     environment.update(chosen)
     notes = {

@@ -13,7 +13,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs, relative_error
 from benchmarks.timing import Timed
-from bmc_core.pages import prefer_huge_pages
+from bmc_core.machine.memory import prefer_huge_pages
 
 
 class Unusable(Exception):  # noqa: N818 - reads as a state of the system

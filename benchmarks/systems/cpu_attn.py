@@ -18,7 +18,7 @@ from benchmarks.systems.base import Arena, System, Trial, Unusable, rows_to_load
 BLOCK_SIZE = 128
 """Rows of a block where the case names none: vLLM's default on CPUs."""
 
-MOST_HEADS_TO_SPLIT = 16
+MAX_HEADS_TO_SPLIT = 16
 
 LIBRARIES = {
     "amx_bf16": "_C",
@@ -131,7 +131,7 @@ class _CPUAttnTrial(Trial):
         self.new_value = inputs.value[inputs.last_rows]
         self.metadata: torch.Tensor | None = None
         # vLLM's default splits rows over threads, and refuses more than 16 query heads per KV head.
-        self.split = case.query_heads <= MOST_HEADS_TO_SPLIT * case.kv_heads
+        self.split = case.query_heads <= MAX_HEADS_TO_SPLIT * case.kv_heads
         if not self.split:
             self.remark = "runs with VLLM_CPU_ATTN_SPLIT_KV=0; its default refuses the shape"
 

@@ -1,7 +1,7 @@
 """torch's `scaled_dot_product_attention` on a plain contiguous cache, `[B, H, rows, D]`.
 
 Sequences of one length share a call; the mask and the layout of the queries are made before the
-timed call, which favours it.
+timed call, which favors it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sdpa(System):
         if case.run_rows or case.table_factor > 1 or case.block_size:
             return "has no blocks"
         if case.cache:
-            return "has no quantised cache"
+            return "has no quantized cache"
         return None
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Trial:

@@ -73,8 +73,8 @@ struct AttentionArgs {
   int32_t head_size;
   DType dtype;
   CacheType cache_type;
-  float scale;                // of the logits; the scale of quantised keys is already in it
-  float value_scale;          // of quantised values, else 1
+  float scale;                // of the logits; the scale of quantized keys is already in it
+  float value_scale;          // of quantized values, else 1
   float softcap;              // 0: none
   const float* alibi_slopes;  // [q heads] or null
   const float* sinks;         // [q heads] or null

@@ -90,9 +90,9 @@ void attend(const AttentionArgs& args) {
 
 int64_t scratch_bytes(int32_t max_rows, int32_t head_size) {
   Scratch<Float32> plain;
-  Scratch<Fp8<E4M3, FloatValues, PairProducts>> quantised;
+  Scratch<Fp8<E4M3, FloatValues, PairProducts>> quantized;
   const int64_t widest = plain.carve(nullptr, max_rows, head_size);
-  const int64_t unpacked = quantised.carve(nullptr, max_rows, head_size);
+  const int64_t unpacked = quantized.carve(nullptr, max_rows, head_size);
   return widest > unpacked ? widest : unpacked;
 }
 

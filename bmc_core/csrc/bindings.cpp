@@ -14,7 +14,7 @@
 #include "cache_write.h"
 #include "cpu_features.h"
 #include "plan.h"
-#include "spread.h"
+#include "grow_in_place.h"
 
 namespace py = pybind11;
 
@@ -156,7 +156,7 @@ void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head
                omp_get_max_threads()});
 }
 
-void spread(uintptr_t base, int64_t room, int64_t parts, int64_t valid, int64_t old_stride,
+void grow_in_place_checked(uintptr_t base, int64_t room, int64_t parts, int64_t valid, int64_t old_stride,
             int64_t new_stride) {
   if (parts < 0 || valid < 0 || valid > old_stride || old_stride > new_stride ||
       (parts > 0 && new_stride > room / parts)) {
@@ -166,7 +166,7 @@ void spread(uintptr_t base, int64_t room, int64_t parts, int64_t valid, int64_t 
                                 "; allowed: bytes <= old stride <= new stride <= room / parts");
   }
   py::gil_scoped_release release;
-  spread_parts(reinterpret_cast<char*>(base), parts, valid, old_stride, new_stride,
+  grow_in_place(reinterpret_cast<char*>(base), parts, valid, old_stride, new_stride,
                omp_get_max_threads());
 }
 
@@ -197,5 +197,5 @@ PYBIND11_MODULE(_native, m) {
       });
   m.def("attend", &attend);
   m.def("write", &write_rows);
-  m.def("spread", &spread);
+  m.def("grow_in_place", &grow_in_place_checked);
 }

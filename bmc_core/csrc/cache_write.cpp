@@ -99,7 +99,7 @@ void write_fp8(const WriteArgs& args, float (*widen)(T)) {
 }
 
 template <class Fp8Format>
-void write_quantised(const WriteArgs& args) {
+void write_quantized(const WriteArgs& args) {
   switch (args.dtype) {
     case DType::kFloat32:
       return write_fp8<float, Fp8Format>(args, [](float x) { return x; });
@@ -122,8 +122,8 @@ void write_cache(const WriteArgs& args) {
                               " (blocks x block size), negative to skip");
     }
   }
-  if (args.cache_type == CacheType::kE4M3) return write_quantised<E4M3>(args);
-  if (args.cache_type == CacheType::kE5M2) return write_quantised<E5M2>(args);
+  if (args.cache_type == CacheType::kE4M3) return write_quantized<E4M3>(args);
+  if (args.cache_type == CacheType::kE5M2) return write_quantized<E5M2>(args);
   switch (args.dtype) {
     case DType::kFloat32:
       return write_same<uint32_t, 1>(args);

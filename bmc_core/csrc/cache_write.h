@@ -21,7 +21,7 @@ struct WriteArgs {
   int32_t num_kv_heads, head_size, block_size;
   DType dtype;
   CacheType cache_type;
-  float key_scale, value_scale;  // a quantised row holds row / scale, rounded and saturated
+  float key_scale, value_scale;  // a quantized row holds row / scale, rounded and saturated
   int32_t num_threads;
 };
 

@@ -8,8 +8,8 @@
 //   Left       kPack values of the left operand, broadcast to all lanes
 //   kExpDegree degree of the exponential's polynomial: as exact as the probabilities are stored
 //   kUnit      a decoded value of the cache times this is the value
-//   Wide       the element whose storage a quantised cache is unpacked to where that is done once
-//              for many query rows; the element itself where nothing is quantised
+//   Wide       the element whose storage a quantized cache is unpacked to where that is done once
+//              for many query rows; the element itself where nothing is quantized
 #pragma once
 
 #include "attention.h"

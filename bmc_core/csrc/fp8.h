@@ -1,4 +1,4 @@
-// The two 8-bit floating point formats of a quantised KV cache, and their codes as bfloat16.
+// The two 8-bit floating point formats of a quantized KV cache, and their codes as bfloat16.
 //
 // Every value of both formats is a bfloat16 value, so decoding is a table of 128 entries and a
 // sign. This header holds plain data and constant evaluation only (see attention.h).

@@ -47,7 +47,7 @@ struct Scratch {
   typename E::Arith* probs;   // [kPanels][kPanelRows][kPanelColumns]
   float* correction;          // [kPanelRows]
   typename E::Storage* edge;  // [kEdgeTiles][16][D] rows of V with stale ones zeroed
-  uint16_t* unpacked;         // [2][kPanelColumns][D] K and V of a step, from a quantised cache
+  uint16_t* unpacked;         // [2][kPanelColumns][D] K and V of a step, from a quantized cache
 
   // Sets the pointers from base on; returns the bytes taken.
   int64_t carve(char* base, int64_t max_rows, int64_t head_size) {

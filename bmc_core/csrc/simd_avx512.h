@@ -77,7 +77,7 @@ inline void load_bfloat_pairs(const uint16_t* p, F32x16* first, F32x16* second) 
 }
 
 // 32 fp8 codes as bfloat16, in order. A normal code is shifted and its exponent moved; the few
-// others (NaN, infinity, zero, subnormals) are neighbours modulo 128 and come from a table.
+// others (NaN, infinity, zero, subnormals) are neighbors modulo 128 and come from a table.
 template <class Format>
 inline __m512i fp8_to_bfloat(const uint8_t* p) {
   const __m512i code = _mm512_cvtepu8_epi16(load_i256(p));

@@ -119,12 +119,12 @@ class TileItem : Item<E> {
     }
     if (count == 0) return;
     // The first panel of rows streams K and V in; for the others both are in the cache.
-    Beside nothing(*this);
+    InterleavedSoftmax nothing(*this);
     score(panels[0], keys, fetch_values, nothing);
     for (int i = 0; i < count; ++i) {
       const Panel* before = i > 0 ? &panels[i - 1] : nullptr;
       const Panel* after = i + 1 < count ? &panels[i + 1] : nullptr;
-      Beside softmax(*this, panels[i], before, after);
+      InterleavedSoftmax softmax(*this, panels[i], before, after);
       if (after != nullptr) score(*after, keys, nullptr, softmax);
       if (before != nullptr) weigh(*before, values, i == 1 ? fetch_keys : nullptr, softmax);
       softmax.finish();
@@ -141,12 +141,12 @@ class TileItem : Item<E> {
     bool two() const { return rows > 16; }
   };
 
-  // The softmax of a panel, a row at a time between the products of its neighbours: the matrix unit
+  // The softmax of a panel, a row at a time between the products of its neighbors: the matrix unit
   // and the vector units work at the same time.
-  class Beside {
+  class InterleavedSoftmax {
    public:
-    explicit Beside(TileItem& item) : item_(item), panel_(nullptr), rows_(0), turns_(1) {}
-    Beside(TileItem& item, const Panel& panel, const Panel* before, const Panel* after)
+    explicit InterleavedSoftmax(TileItem& item) : item_(item), panel_(nullptr), rows_(0), turns_(1) {}
+    InterleavedSoftmax(TileItem& item, const Panel& panel, const Panel* before, const Panel* after)
         : item_(item), panel_(&panel), rows_(panel.rows), turns_(0) {
       const int dims = item.head_size_ / kTileDim;
       if (before != nullptr && before->two()) turns_ += before->groups * dims;
@@ -178,12 +178,12 @@ class TileItem : Item<E> {
   }
 
   void score(const Panel& panel, const Wide* const* keys, const char* const* fetch_v,
-             Beside& beside) {
-    panel.two() ? score_two(panel, keys, fetch_v, beside) : score_one(panel, keys, fetch_v);
+             InterleavedSoftmax& interleaved) {
+    panel.two() ? score_two(panel, keys, fetch_v, interleaved) : score_one(panel, keys, fetch_v);
   }
   void weigh(const Panel& panel, const Wide* const* values, const char* const* fetch_k,
-             Beside& beside) {
-    panel.two() ? weigh_two(panel, values, fetch_k, beside) : weigh_one(panel, values, fetch_k);
+             InterleavedSoftmax& interleaved) {
+    panel.two() ? weigh_two(panel, values, fetch_k, interleaved) : weigh_one(panel, values, fetch_k);
   }
 
   // The part of a group's K or V that belongs to dimensions [d, d + 32).
@@ -258,7 +258,7 @@ class TileItem : Item<E> {
 
   // scores[32][32 * groups] = query . K, each K tile used for two tiles of rows.
   void score_two(const Panel& panel, const Wide* const* keys, const char* const* fetch_v,
-                 Beside& beside) {
+                 InterleavedSoftmax& interleaved) {
     const Arith* q = s_.query + panel.row * head_size_;
     const int64_t second_tile = kTileRows * head_size_;
     stores_before_tiles();
@@ -278,7 +278,7 @@ class TileItem : Item<E> {
         _tile_loadd(5, q + 16 * head_size_ + d, query_stride());
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        beside.turn();
+        interleaved.turn();
       }
       float* scores = panel.scores + g * kGroupRows;
       _tile_stored(0, scores, kScoreStride);
@@ -291,7 +291,7 @@ class TileItem : Item<E> {
 
   // acc[32][D] += probs[32][32 * groups] . V; sums stay in tiles over all groups.
   void weigh_two(const Panel& panel, const Wide* const* values, const char* const* fetch_k,
-                 Beside& beside) {
+                 InterleavedSoftmax& interleaved) {
     float* acc = s_.acc + panel.row * head_size_;
     stores_before_tiles();
     for (int d = 0; d < head_size_; d += 32) {
@@ -311,7 +311,7 @@ class TileItem : Item<E> {
         _tile_loadd(5, p + 16 * kPanelColumns, kProbStride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        beside.turn();
+        interleaved.turn();
       }
       _tile_stored(0, out, acc_stride());
       _tile_stored(1, out + 16, acc_stride());

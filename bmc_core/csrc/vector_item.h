@@ -147,7 +147,7 @@ class VectorItem : Item<E> {
 
  private:
   using Wide = typename E::Wide;
-  static constexpr bool kQuantised = !std::is_same_v<E, Wide>;
+  static constexpr bool kQuantized = !std::is_same_v<E, Wide>;
 
   // Tiles of one step as the products see them: the cache itself, or an unpacked copy.
   template <class W>
@@ -180,7 +180,7 @@ class VectorItem : Item<E> {
       fetch.values[t] = reinterpret_cast<const char*>(value);
       fetch.next_keys[t] = next != nullptr ? next : reinterpret_cast<const char*>(key);
     }
-    if constexpr (kQuantised) {
+    if constexpr (kQuantized) {
       // Each row block would decode the same codes again.
       if (rows_ > kRowBlock) {
         Tiles<Wide> wide;
@@ -193,7 +193,7 @@ class VectorItem : Item<E> {
     attend_rows<E>(kv, tiles, &fetch);
   }
 
-  // Copies of quantised tiles of K (part 0) or V (1), in units of the item.
+  // Copies of quantized tiles of K (part 0) or V (1), in units of the item.
   void unpack(const Storage* const* tiles, int count, int part,
               const typename Wide::Storage** wide) const {
     const int tile = kTileRows * head_size_;

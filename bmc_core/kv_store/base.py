@@ -20,7 +20,7 @@ import torch
 
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
-from bmc_core.pages import DENSE, fits_huge_pages, prefer_huge_pages
+from bmc_core.machine.memory import DENSE, fits_huge_pages, prefer_huge_pages
 
 REORDER_BYTES = 4 << 20
 """Reordering goes through a buffer of about this size, small enough to stay in cache."""
@@ -47,7 +47,7 @@ def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None
 
 
 def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> torch.Tensor:
-    """Uninitialised memory that may be written inside and outside `torch.inference_mode`.
+    """Uninitialized memory that may be written inside and outside `torch.inference_mode`.
 
     `dense`: whether most of it will soon be written.
     """

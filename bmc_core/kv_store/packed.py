@@ -31,7 +31,7 @@ from bmc_core.kv_store.base import GrowthPolicy, KVStore, new_tensor
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.rows import move_to_front, reorder_in_place
 from bmc_core.kv_store.tables import StepTables
-from bmc_core.pages import PIECE, discard
+from bmc_core.machine.memory import PIECE, discard
 
 WORTH_OTHER_PAGES = 16 << 20
 """Bytes from which rows move elsewhere to be on huge pages, or to be on small ones."""
@@ -218,7 +218,7 @@ class PackedStore(KVStore):
 
     def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
         kv = self.tensor()
-        if dropped == 0 and self._spread(capacity, dense):
+        if dropped == 0 and self._grow_in_place(capacity, dense):
             return
         batch, heads, old_capacity, width = kv.shape
         bigger = self._with_room((batch, heads, capacity, width), dense)
@@ -252,7 +252,7 @@ class PackedStore(KVStore):
                 continue
         return new_tensor(shape, kv, dense=dense)
 
-    def _spread(self, capacity: int, dense: bool) -> bool:
+    def _grow_in_place(self, capacity: int, dense: bool) -> bool:
         """Holds `capacity` rows in the memory that is there; False: it cannot."""
         kv = self.tensor()
         parts = 2 * kv.shape[0] * kv.shape[1]  # K and V of each head
@@ -263,7 +263,7 @@ class PackedStore(KVStore):
             return False
         if dense != self._on_huge_pages and needed >= WORTH_OTHER_PAGES:
             return False
-        native.module().spread(
+        native.module().grow_in_place(
             kv.data_ptr(),
             room,
             parts,

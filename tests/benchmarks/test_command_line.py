@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TINY_CASES
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command_line
 from benchmarks import kernel, step
 from benchmarks.kernel import Report
 from benchmarks.systems import Unusable
+from tests.support.kernel_cases import TINY_CASES
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 

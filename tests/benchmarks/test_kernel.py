@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CASES, tiny_case
 
 from benchmarks import plot
 from benchmarks.kernel import Options, Report, sets_target
@@ -14,6 +13,7 @@ from benchmarks.machine import describe
 from benchmarks.report import kernel_document, kernel_table, write_json
 from benchmarks.systems import Unusable, bmc, sdpa
 from bmc_core import native
+from tests.support.kernel_cases import TINY_CASES, tiny_case
 
 
 def test_every_system_is_timed_and_right(report: Report) -> None:

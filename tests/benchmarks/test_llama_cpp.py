@@ -25,7 +25,7 @@ def rotate_halves(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
-def rotate_neighbours(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotate_neighbors(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """GGUF's llama: element 2i is turned with element 2i + 1."""
     a, b = x[..., 0::2], x[..., 1::2]
     turned = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
@@ -50,7 +50,7 @@ def test_every_weight_has_its_gguf_name(saved: tuple[Path, list[str]]) -> None:
 
 
 @pytest.mark.parametrize(("name", "heads"), [("q", TINY.heads), ("k", TINY.kv_heads)])
-def test_rotary_pairs_are_neighbours(saved: tuple[Path, list[str]], name: str, heads: int) -> None:
+def test_rotary_pairs_are_neighbors(saved: tuple[Path, list[str]], name: str, heads: int) -> None:
     """Scores of rotated rows are what they were: the same pairs turn by the same angles."""
     model = build_model(TINY, 64, torch.bfloat16, seed=0)
     weight = getattr(model.model.layers[1].self_attn, f"{name}_proj").weight.float()
@@ -65,7 +65,7 @@ def test_rotary_pairs_are_neighbours(saved: tuple[Path, list[str]], name: str, h
         ]
         return (rows[0] * rows[1]).sum(-1)
 
-    torch.testing.assert_close(score(permuted, rotate_neighbours), score(weight, rotate_halves))
+    torch.testing.assert_close(score(permuted, rotate_neighbors), score(weight, rotate_halves))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from benchmarks.model_generate import PATHS, Generator, ModelShape
 from benchmarks.model_report import draw_model, model_document, show_model
 from benchmarks.report import write_json
 from benchmarks.timing import Timing
-from bmc_core import calibration, calibration_measure
+from bmc_core.costs import calibration, measure
 from bmc_core.policy import BMCPolicy
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -37,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ModelReport:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(calibration, "_known", {})
-        patch.setattr(calibration_measure, "MOST_BYTES", 2 << 20)
+        patch.setattr(measure, "MAX_BYTES", 2 << 20)
         return run(
             Options((12, 24), (3, 20), 1, 2, 2, rows=(4, 8), shape=TINY, calibration_seconds=0.05)
         )

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_case
 
 from benchmarks import cases, machine, step, step_cases
 from benchmarks.children import Child, ChildError
 from benchmarks.inputs import Inputs, layout, relative_error
 from benchmarks.systems import cpu_attn
 from benchmarks.timing import Timed, alternate, summary
+from tests.support.kernel_cases import tiny_case
 
 
 def test_names_are_unique_and_lists_nest() -> None:
@@ -200,17 +200,6 @@ def test_every_way_of_reading_runs() -> None:
             method()
 
 
-def test_l3_is_summed_over_distinct_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 2})
-    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3")):
-        folder = tmp_path / f"cpu{cpu}" / "cache" / "index3"
-        folder.mkdir(parents=True)
-        for name, text in (("level", "3"), ("size", "32768K"), ("shared_cpu_list", shared)):
-            (folder / name).write_text(text + "\n")
-    assert machine.l3_bytes(tmp_path) == 64 << 20
-    assert machine.l3_bytes(tmp_path / "none") is None
-
-
 def test_the_machine_is_described() -> None:
     found = machine.describe()
     assert found.cpu
@@ -259,11 +248,6 @@ def test_child_that_fails_says_why(code: str, message: str) -> None:
 def test_steps_agree_until_the_first_difference() -> None:
     assert step.agreement([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]) == pytest.approx(4 / 6)
     assert step.agreement([[]], [[]]) == 1.0
-
-
-def test_cpu_lists() -> None:
-    assert step.cpu_list({0, 1, 2, 5}) == "0-2,5"
-    assert step.cpu_list([3]) == "3"
 
 
 def test_both_engines_get_the_same_environment(tmp_path: Path) -> None:

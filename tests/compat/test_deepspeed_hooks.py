@@ -39,7 +39,7 @@ def names():
         for module, loaded in list(sys.modules.items())
         if module.split(".")[0] in ("deepspeed", "transformers", "torch") and loaded is not None
         for name, value in list(vars(loaded).items())
-        # What is loaded, when its parent is asked for it, is no change of behaviour.
+        # What is loaded, when its parent is asked for it, is no change of behavior.
         if not name.startswith("__") and type(value).__name__ not in ("module", "_LazyModule")
     }
 """

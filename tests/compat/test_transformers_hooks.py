@@ -107,7 +107,7 @@ def test_an_attention_is_chosen_by_name(model) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_mask_functions_are_recognised(model, window: int | None) -> None:
+def test_mask_functions_are_recognized(model, window: int | None) -> None:
     """masks.py knows a causal mask, and one with a window, by how transformers builds them."""
     seen: list[Any] = []
     config = model.config

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Case, Inputs, assert_matches_reference, quantised
 
 from bmc_core import native
 from bmc_core.attention import (
@@ -19,6 +18,7 @@ from bmc_core.attention import (
     paged_attention,
     write_kv,
 )
+from tests.support.reference import Case, Inputs, assert_matches_reference, quantized
 
 R = 128
 EDGE_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, R - 1, R, R + 1, 300]
@@ -220,7 +220,7 @@ def test_fp8_codes_are_torchs(dtype: torch.dtype, cache_dtype: torch.dtype) -> N
     raw = cache.view(torch.uint8).view(blocks, 2, 512)
     keys = raw[:, 0].view(blocks, 16, 16, 2).permute(0, 2, 1, 3).reshape(-1, 32)[: len(rows)]
     values = raw[:, 1].view(blocks, 8, 32, 2).permute(0, 1, 3, 2).reshape(-1, 32)[: len(rows)]
-    expected = quantised(rows[:, 0], 1.0, cache_dtype).view(torch.uint8)
+    expected = quantized(rows[:, 0], 1.0, cache_dtype).view(torch.uint8)
     nan = rows[:, 0].isnan()
     for got in (keys, values):
         assert torch.equal(got[~nan], expected[~nan])

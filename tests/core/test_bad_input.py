@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import Case, Inputs
 
 from bmc_core.attention import AttentionBatch, paged_attention, write_kv
+from tests.support.reference import Case, Inputs
 
 
 @pytest.fixture

@@ -218,11 +218,11 @@ def test_room_is_no_more_than_the_expected_rows() -> None:
         assert twin.tensor().untyped_storage().nbytes() == 64 * store.row_bytes
 
 
-def test_wrong_spreads_are_refused() -> None:
+def test_a_wrong_growth_in_place_is_refused() -> None:
     memory = torch.zeros(100, dtype=torch.uint8)
     for wrong in ((2, 11, 10, 20), (2, 10, 20, 10), (2, 10, 10, 51), (-1, 1, 1, 1)):
         with pytest.raises(ValueError, match="allowed: bytes <= old stride <= new stride"):
-            native.module().spread(memory.data_ptr(), 100, *wrong)
+            native.module().grow_in_place(memory.data_ptr(), 100, *wrong)
 
 
 def test_plain_rows_are_views_of_the_valid_rows() -> None:
@@ -370,7 +370,7 @@ def test_an_interrupt_waits_until_rows_have_moved(
     if call == "grow elsewhere":
         store.append(*random_rows(3, 64))
         store.truncate(64)
-        monkeypatch.setattr(store, "_spread", lambda *args: False, raising=False)
+        monkeypatch.setattr(store, "_grow_in_place", lambda *args: False, raising=False)
     name = {"slide": "_slide", "reorder": "_reorder"}.get(call, "_hold")
     real = getattr(store, name)
 

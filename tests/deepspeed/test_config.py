@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 import pytest
-import tiny_decoders
 import torch
 from deepspeed import init_inference
 from deepspeed.inference.config import DeepSpeedInferenceConfig as StockConfig
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 import bmc_transformers
 from bmc_core.policy import BMCPolicy
 from bmc_deepspeed import BMCPolicyConfig
+from tests.support import tiny_decoders
 
 SETTINGS = {"dtype": "fp32", "kv_policy": "bmc", "kv_policy_config": {"r": 48}}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny_decoders
 import torch
 from deepspeed import init_inference
 from deepspeed.module_inject import DSPolicy, LinearAllreduce, LinearLayer
@@ -14,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import bmc_transformers
 from bmc_deepspeed import BMCInjectionPolicy, BMCPolicyConfig
+from tests.support import tiny_decoders
 
 BMC: dict[str, Any] = {"kv_policy": "bmc", "kv_policy_config": {"r": 16}}
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}

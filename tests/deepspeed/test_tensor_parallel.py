@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import launching
 import pytest
 
-HERE = Path(__file__).parent
+from tests.support import launching
+
+SCRIPTS = Path(launching.__file__).parent
 MODELS = ("llama-gqa", "mistral-window", "opt")
 KV_HEADS_OF_A_RANK = {"llama-gqa": 1, "mistral-window": 1, "opt": 2}
 
 
 def test_split_models_give_the_same_tokens(tmp_path: Path) -> None:
-    ranks = launching.launch(HERE / "tensor_parallel.py", tmp_path, *MODELS)
+    ranks = launching.launch(SCRIPTS / "tensor_parallel.py", tmp_path, *MODELS)
     assert ranks[0] == ranks[1]
     for name in MODELS:
         stock, bmc = ranks[0][name]["stock"], ranks[0][name]["bmc"]
@@ -40,6 +41,6 @@ def test_a_failed_run_leaves_nothing_in_shared_memory(
 
     monkeypatch.setattr(launching, "shared_buffers", shared_buffers)
     with pytest.raises(AssertionError, match="this rank fails"):
-        launching.launch(HERE / "failing_rank.py", tmp_path, timeout=120)
+        launching.launch(SCRIPTS / "failing_rank.py", tmp_path, timeout=120)
     assert len(seen) == 2, "each rank has made one file"
     assert not [path for path in seen if path.exists()]

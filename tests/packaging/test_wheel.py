@@ -37,14 +37,11 @@ def test_wheel_builds_and_runs_elsewhere(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("bmc_llm-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("bmc_core/_native.") and name.endswith(".so") for name in names)
-    assert {
-        "bmc_vllm/plugin.py",
-        "bmc_core/py.typed",
-        "bmc_core/_native.pyi",
-        "bmc_core/kv_store/packed.py",
-        "bmc_transformers/cache.py",
-        "bmc_deepspeed/policy.py",
-    } <= set(names)
+    packages = ("bmc_core", "bmc_deepspeed", "bmc_transformers", "bmc_vllm")
+    modules = {str(p.relative_to(ROOT)) for name in packages for p in (ROOT / name).rglob("*.py*")}
+    modules = {name for name in modules if name.endswith((".py", ".pyi"))}
+    assert modules <= set(names), "a package is missing in pyproject.toml"
+    assert {f"{name}/py.typed" for name in packages} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools", "benchmarks"))]
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     text = zipfile.ZipFile(wheel).read(entry_points).decode()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import patching
 import pytest
 
-HERE = Path(__file__).parent
+from tests.support import patching
+
+SCRIPTS = Path(patching.__file__).parent
 PATCHES = sorted(patching.PATCHES.glob("*.patch"))
 
 
@@ -34,9 +35,9 @@ def test_is_described(patch: Path) -> None:
 def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
     (patch,) = [patch for patch in PATCHES if patch.name.startswith("deepspeed")]
     copy = patching.patched_copy(patch, tmp_path)
-    path = [copy, patching.ROOT, patching.ROOT / "tests" / "deepspeed"]
+    path = [copy, patching.ROOT]
     out = patching.run(
-        HERE / "patched_deepspeed.py", path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
+        SCRIPTS / "patched_deepspeed.py", path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
     )
     found = json.loads(out.splitlines()[-1])
     assert found["package"] == str(copy / "deepspeed")
@@ -49,14 +50,14 @@ def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
     assert "replace_with_kernel_inject" in found["refused"]["kernels"]
 
 
-def test_vllm_honours_the_backend_without_our_hook(tmp_path: Path) -> None:
+def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
     (patch,) = [patch for patch in PATCHES if patch.name.startswith("vllm")]
     copy = patching.patched_copy(patch, tmp_path / "site")
     found = {}
     for name, path in (("patched", [copy]), ("plain", [])):
         out = patching.run(
-            HERE / "patched_vllm.py",
-            [*path, patching.ROOT, patching.ROOT / "tests" / "vllm"],
+            SCRIPTS / "patched_vllm.py",
+            [*path, patching.ROOT],
             str(tmp_path / name),
             OMP_NUM_THREADS="1",
             VLLM_CPU_KVCACHE_SPACE="1",
@@ -67,7 +68,7 @@ def test_vllm_honours_the_backend_without_our_hook(tmp_path: Path) -> None:
     assert found["patched"]["package"] == str(copy / "vllm")
     assert not found["patched"]["hook"]
     assert not found["plain"]["hook"]
-    # Without patch and hook the choice is ignored; with the patch alone it is honoured.
+    # Without patch and hook the choice is ignored; with the patch alone it is honored.
     assert found["plain"]["backends"] == ["CPUAttentionBackend"]
     assert found["patched"]["backends"] == ["BMCAttentionBackend"]
     assert found["patched"]["tokens"] == found["plain"]["tokens"]

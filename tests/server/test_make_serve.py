@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import openai
-from serving import Server, environment, free_port
+
+from tests.support.serving import Server, environment, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = [sys.executable, str(ROOT / "tools" / "serve.py")]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from serving import Server, environment, free_port
+
+from tests.support.serving import Server, environment, free_port
 
 MODEL = "demo"
 MAX_MODEL_LEN = 1024

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import CONFIGS, WITHOUT_INTERFACE, build, generated, padding, prompt
 from transformers import DynamicCache, StaticCache
 
 from bmc_transformers import BMCCache, enable, register_attention
 from bmc_transformers.attention import bmc_attention
+from tests.support.architectures import (
+    CONFIGS,
+    WITHOUT_INTERFACE,
+    build,
+    generated,
+    padding,
+    prompt,
+)
 
 INTERFACE = [name for name in CONFIGS if name not in WITHOUT_INTERFACE]
 FALLBACK = "bmc attention: plain torch attention is used, because "

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build, generated, prompt
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,6 +24,7 @@ from bmc_core.policy import BMCPolicy
 from bmc_transformers import BMCCache, enable, register_attention
 from bmc_transformers.layers import BMCSlidingLayer
 from bmc_transformers.lazy import PackedRows
+from tests.support.architectures import build, generated, prompt
 
 HEADS, SIZE, WINDOW = 2, 32, 9
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from architectures import SCENARIOS, build, draft, expected, generated, prompt
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -24,12 +23,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from bmc_core import calibration
-from bmc_core.geometry import Geometry
+from bmc_core.costs import calibration
+from bmc_core.costs.geometry import Geometry
 from bmc_core.policy import BMCPolicy
 from bmc_transformers import BMCCache, disable, enable, is_enabled
+from bmc_transformers.auto_policy import policy_for
 from bmc_transformers.linears import PackedLinear
-from bmc_transformers.policies import policy_for
+from tests.support.architectures import SCENARIOS, build, draft, expected, generated, prompt
 
 IMPORT_CHANGES_NOTHING = """
 import transformers, torch

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import CONFIGS, SCENARIOS, WITHOUT_INTERFACE, build, expected, generated
 
 from bmc_transformers import BMCCache, disable, enable
+from tests.support.architectures import (
+    CONFIGS,
+    SCENARIOS,
+    WITHOUT_INTERFACE,
+    build,
+    expected,
+    generated,
+)
 
 CASES = [
     (name, attention)

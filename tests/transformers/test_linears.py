@@ -7,11 +7,11 @@ import io
 
 import pytest
 import torch
-from architectures import DECODER, build, expected, generated, prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bmc_transformers import disable, enable
 from bmc_transformers.linears import PackedLinear, pack_linears, unpack_linears
+from tests.support.architectures import DECODER, build, expected, generated, prompt
 
 # Largest difference allowed between a packed and a plain product, relative to the largest result.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

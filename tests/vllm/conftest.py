@@ -16,8 +16,9 @@ import logging
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
-import models
 import pytest
+
+from tests.support import models
 
 
 @pytest.fixture(scope="session", autouse=True)

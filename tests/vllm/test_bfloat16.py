@@ -6,8 +6,9 @@ tokens before are the same. Tokens may part where two candidates are closer than
 """
 
 import pytest
-from engines import engine, generate, prompts_of
-from models import ModelStore
+
+from tests.support.engines import engine, generate, prompts_of
+from tests.support.models import ModelStore
 
 TOLERANCE = 0.08
 

@@ -1,14 +1,15 @@
-"""fp8 KV caches: closer to the unquantised model than CPU_ATTN's fp8 is.
+"""fp8 KV caches: closer to the unquantized model than CPU_ATTN's fp8 is.
 
-The kernel itself is checked against a float32 reference over the dequantised cache in tests/core.
+The kernel itself is checked against a float32 reference over the dequantized cache in tests/core.
 Here the whole engine is compared: how far the log-probabilities of first tokens move when the cache
-is quantised. CPU_ATTN's codes differ from ours (it does not round to nearest), so its tokens are no
-reference; its distance from the unquantised cache is.
+is quantized. CPU_ATTN's codes differ from ours (it does not round to nearest), so its tokens are no
+reference; its distance from the unquantized cache is.
 """
 
 import pytest
-from engines import engine, generate, prompts_of, worker
-from models import ModelStore
+
+from tests.support.engines import engine, generate, prompts_of, worker
+from tests.support.models import ModelStore
 
 PROMPTS = prompts_of((5, 17, 33, 64, 90, 128, 150, 200, 300, 400))
 
@@ -29,7 +30,7 @@ def distance(one: list[dict[int, float]], other: list[dict[int, float]]) -> floa
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
-def test_no_further_from_the_unquantised_cache_than_cpu_attn(
+def test_no_further_from_the_unquantized_cache_than_cpu_attn(
     model_dir: ModelStore, kv_cache_dtype: str
 ) -> None:
     model = model_dir("llama-gqa")

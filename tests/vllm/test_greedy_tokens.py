@@ -1,7 +1,8 @@
 """Greedy float32 tokens with BMC are CPU_ATTN's, whatever the engine does with the requests."""
 
 import pytest
-from engines import (
+
+from tests.support.engines import (
     Tokens,
     engine,
     flush,
@@ -11,7 +12,7 @@ from engines import (
     scheduler,
     worker,
 )
-from models import ModelStore
+from tests.support.models import ModelStore
 
 LENGTHS = (1, 31, 32, 33, 127, 128, 129, 300)
 PREFIX = prompts_of([160], seed=5)[0]

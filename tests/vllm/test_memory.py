@@ -3,13 +3,13 @@
 import psutil
 import pytest
 import torch
-from engines import engine, flush, generate, prompts_of, worker
-from mappings import wants_huge_pages
-from models import ModelStore
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
-from bmc_core.pages import PAGE, huge_page_bytes
+from bmc_core.machine.memory import PAGE, huge_page_bytes
 from bmc_vllm.memory import KVPoolMemory
+from tests.support.engines import engine, flush, generate, prompts_of, worker
+from tests.support.mappings import wants_huge_pages
+from tests.support.models import ModelStore
 
 GIB = 1 << 30
 
@@ -97,7 +97,7 @@ def layout(page: int, num_blocks: int, num_layers: int, order: str) -> KVCacheCo
 @pytest.mark.parametrize("order", ["LBHNC", "LHBNC", "BLHNC"])
 @pytest.mark.parametrize("page", [512, PAGE, PAGE + 512, 3 * PAGE, 6 * PAGE])
 def test_release_touches_only_its_blocks(page: int, order: str) -> None:
-    """Pages that a block shares with its neighbour stay; every layout."""
+    """Pages that a block shares with its neighbor stay; every layout."""
     config = layout(page, 10, 3, order)
     tensor = config.kv_cache_tensors[0]
     memory = KVPoolMemory()

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from engines import engine, generate, prompts_of, scheduler, worker
-from models import ModelStore
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -11,7 +9,8 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from bmc_vllm import platform as bmc_platform
+from tests.support.engines import engine, generate, prompts_of, scheduler, worker
+from tests.support.models import ModelStore
 
 BMC_CLASS = "bmc_vllm.attention.BMCAttentionBackend"
 CPU_CLASS = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
@@ -61,7 +60,6 @@ def test_selected(dtype: torch.dtype, head_size: int) -> None:
 def test_falls_back_with_one_log_line(
     changes: dict, feature: str, vllm_log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bmc_platform, "_told", set())
     stock = choose(None, **changes)
     for _ in range(3):
         assert choose("BMC", **changes) == stock
@@ -133,7 +131,6 @@ def test_refused_at_start(model_dir: ModelStore, settings: dict, message: str) -
 
 def test_a_head_size_of_512_falls_back(model_dir: ModelStore, vllm_log: list[str]) -> None:
     """The whole model runs on the stock backend, block by block, and says so."""
-    bmc_platform._told.clear()
     with engine(model_dir("llama-head512"), "BMC") as llm:
         names = {
             layer.attn_backend.get_name()

@@ -7,18 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import ModelStore
 from vllm.platforms import builtin_platform_plugins, resolve_current_platform_cls_qualname
 
 from bmc_vllm import plugin
+from tests.support.models import ModelStore
 
 BMC = "bmc_vllm.platform.BMCPlatform"
 CPU = plugin.builtin_platform()
-
-
-@pytest.fixture(autouse=True)
-def tell_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_told", set())
 
 
 def aside_lines(vllm_log: list[str]) -> list[str]:

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-from engines import engine, generate, prompts_of
-from models import ModelStore
+from tests.support.engines import engine, generate, prompts_of
+from tests.support.models import ModelStore
 
 SCRIPT = """
 import json, sys, time

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import engine, flush, generate, scheduler, worker
-from models import ModelStore
+
+from tests.support.engines import engine, flush, generate, scheduler, worker
+from tests.support.models import ModelStore
 
 # Repetitive, so that the n-gram proposer finds something to propose.
 PROMPTS = [[1, 2, 3, 4] * 10, list(range(5, 45)) * 2, [7]]
@@ -35,7 +36,7 @@ def backends(llm) -> dict[str, set[str]]:
 NGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from engines import engine, flush, generate
+from tests.support.engines import engine, flush, generate
 speculative = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
 settings = {"bmc": {"r": 64}}
 with engine(sys.argv[2], "BMC", speculative_config=speculative, additional_config=settings) as llm:
@@ -48,7 +49,7 @@ print("RESULT " + json.dumps(tokens))
 def test_ngram(model_dir: ModelStore, expected: list[list[int]]) -> None:
     # In an interpreter of its own: the proposer imports numba, after which vLLM 0.32 cannot
     # build another engine in the same process (its kernel dispatcher trips over llvmlite).
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-c", NGRAM, here, model_dir("llama-gqa"), json.dumps(PROMPTS)],
         capture_output=True,

@@ -1,0 +1,1 @@
+"""Tests of every package; `tests.support` has what several of them use."""

@@ -1,0 +1,375 @@
+"""Calibration: real measurements of a tiny geometry, and files that are never trusted blindly."""
+
+import itertools
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bmc_core.costs import cache, calibration, measure
+from bmc_core.costs.calibration import auto_policy, between, calibrate, key_of
+from bmc_core.costs.geometry import Geometry
+from bmc_core.costs.measure import AttentionCost, Measured, attention_costs, growth_points
+from bmc_core.costs.model import Workload, best_rows
+from bmc_core.policy import BMCPolicy
+
+TINY = Geometry(2, 2, 1, 32, torch.float32, 64, 128)
+ODD = Geometry(2, 2, 1, 24, torch.float32)  # not a head size of the native kernel
+MIB = 1 << 20
+
+FIGURES = Measured(
+    growth_rows=((1 * MIB, 1e-4), (8 * MIB, 1e-3)),
+    growth_packed=((1 * MIB, 2e-4), (8 * MIB, 2e-3)),
+    sdpa=(AttentionCost(1e-5, 1e-10, 0.0), AttentionCost(1e-5, 1e-10, 0.0)),
+    padded=(AttentionCost(1e-5, 1e-10, 1e-10), AttentionCost(1e-5, 1e-10, 1e-10)),
+    native=(AttentionCost(1e-5, 5e-11, 1e-13), AttentionCost(1e-5, 5e-11, 1e-13)),
+    steps=((1, 1e-3), (16, 2e-3)),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder and a process memory of its own for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "_known", {})
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Geometry]:
+    """Known figures instead of a measurement; a list of what was asked for."""
+    asked: list[Geometry] = []
+
+    def known(geometry: Geometry, *, seconds: float, tell=None) -> Measured:
+        asked.append(geometry)
+        return FIGURES
+
+    monkeypatch.setattr(calibration, "measure", known)
+    return asked
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    monkeypatch.setattr(calibration, "_known", {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="neighbors are read from /proc/stat")
+def test_a_busy_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "MAX_BYTES", 4 * MIB)
+    burn = "import time; end = time.time() + 20\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", burn]) as neighbor:
+        with caplog.at_level(logging.WARNING, "bmc_core"):
+            calibrate(TINY, threads=1, seconds=0.6)
+        neighbor.terminate()
+    assert "other processes took" in caplog.text
+    assert "calibrate --refresh" in caplog.text
+
+
+def test_a_real_measurement_of_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MAX_BYTES", 4 * MIB)
+    told: list[float] = []
+    found = calibrate(TINY, threads=1, seconds=0.05, progress=lambda text, done: told.append(done))
+    assert found.fresh
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert found.path is not None
+    assert found.path.exists()
+    figures = found.measured
+    for curve in (figures.growth_rows, figures.growth_packed, figures.steps):
+        assert curve is not None
+        assert all(a[0] < b[0] for a, b in itertools.pairwise(curve))
+        assert all(0 < seconds < 1 for _, seconds in curve)
+    for costs in (figures.sdpa, figures.padded, figures.native):
+        assert costs is not None
+        for cost in costs:
+            assert 0 < cost.valid < 1e-6
+            assert cost.padding >= 0
+    assert cache.load(key_of(TINY, 1))[0] == figures
+    for name in calibration.ATTENTIONS:
+        assert best_rows(Workload(16, 100), found.costs(name, 2)) >= 1
+
+
+def test_growth_is_measured_at_rising_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MAX_BYTES", 8 * MIB)
+    with torch.inference_mode():
+        for layout in ("rows", "packed"):
+            points = growth_points(TINY, layout, 0.05)
+            assert [round(size / MIB) for size, _ in points] == [0, 2, 8]
+            assert all(seconds > 0 for _, seconds in points)
+
+
+@pytest.mark.parametrize("path", ["native", "sdpa", "padded"])
+def test_attention_costs_follow_from_three_times(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Seconds = call + valid bytes x valid + spare bytes x padding, solved for the three."""
+    true = AttentionCost(1e-4, 3e-10, 2e-10)
+    monkeypatch.setattr(measure, "MAX_BYTES", 4 * MIB)
+
+    def known(calls, budget: float, rounds: int) -> list[float]:
+        for call in calls:
+            call()
+        per_row = 8 * TINY.layer_row_bytes  # eight sequences: rows of a tiny model are small
+        few, many = (true.call + rows * per_row * true.valid for rows in (256, 2048))
+        return [few, many, many + 2048 * per_row * true.padding]
+
+    monkeypatch.setattr(measure, "timed", known)
+    with torch.inference_mode():
+        assert attention_costs(TINY, path, 0.0, 96 * MIB) == pytest.approx(true)
+
+
+def test_kept_figures_are_not_measured_again(
+    measured: list[Geometry], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "bmc_core"):
+        first = calibrate(TINY, threads=1)
+    assert first.fresh
+    assert [record.message for record in caplog.records] == [
+        "bmc_core: measuring this machine, once, about 7 seconds: nothing was measured yet"
+    ]
+    assert not calibrate(TINY, threads=1).fresh
+    forget(monkeypatch)
+    again = calibrate(TINY, threads=1)
+    assert not again.fresh
+    assert again.measured == first.measured
+    assert measured == [TINY]
+    assert calibrate(TINY, threads=1, refresh=True).fresh
+    assert len(measured) == 2
+
+
+def test_figures_are_per_threads_dtype_geometry_and_versions(
+    measured: list[Geometry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = Geometry(2, 2, 1, 32, torch.bfloat16, 64, 128)
+    calibrate(TINY, threads=1)
+    calibrate(TINY, threads=2)
+    calibrate(half, threads=1)
+    calibrate(Geometry(3, 2, 1, 32, torch.float32, 64, 128), threads=1)
+    assert len(measured) == 4
+    for change in (
+        lambda: monkeypatch.setattr(torch, "__version__", "9.9"),
+        lambda: monkeypatch.setattr(calibration, "_version", lambda: "9.9"),
+        lambda: monkeypatch.setattr(calibration.native, "isa", lambda: "portable"),
+        lambda: monkeypatch.setattr(calibration.cpu, "model_name", lambda: "another"),
+        lambda: monkeypatch.setenv("LD_PRELOAD", "libtcmalloc.so"),
+    ):
+        before = len(measured)
+        change()
+        calibrate(TINY, threads=1)
+        assert len(measured) == before + 1
+
+
+def broken(change) -> str:
+    """A good document, changed."""
+    document = {
+        "schema": cache.SCHEMA,
+        "created": time.time(),
+        "key": key_of(TINY, 1),
+        "measured": FIGURES._asdict(),
+    }
+    document = json.loads(json.dumps(document))
+    change(document)
+    return json.dumps(document)
+
+
+BROKEN = {
+    "empty": "",
+    "cut": '{"schema": 1, "created": 17',
+    "not an object": "[1, 2]",
+    "deep": "[" * 100_000,
+    "another schema": lambda d: d.update(schema=99),
+    "no key": lambda d: d.pop("key"),
+    "another machine": lambda d: d["key"].update(processor="another"),
+    "old": lambda d: d.update(created=time.time() - 365 * 86400),
+    "from the future": lambda d: d.update(created=time.time() + 9999),
+    "no date": lambda d: d.update(created=None),
+    "no figures": lambda d: d.update(measured=None),
+    "a field is missing": lambda d: d["measured"].pop("sdpa"),
+    "a field too many": lambda d: d["measured"].update(more=1),
+    "NaN": lambda d: d["measured"]["sdpa"][0].__setitem__(1, math.nan),
+    "infinite": lambda d: d["measured"]["padded"][1].__setitem__(2, math.inf),
+    "negative": lambda d: d["measured"]["growth_rows"][0].__setitem__(1, -1.0),
+    "zero seconds": lambda d: d["measured"]["growth_rows"][0].__setitem__(1, 0.0),
+    "a row that costs nothing": lambda d: d["measured"]["native"][1].__setitem__(1, 0.0),
+    "a string": lambda d: d["measured"]["steps"][0].__setitem__(1, "fast"),
+    "true": lambda d: d["measured"]["steps"][0].__setitem__(1, True),
+    "falling": lambda d: d["measured"]["growth_rows"].reverse(),
+    "no points": lambda d: d["measured"].update(growth_rows=[]),
+    "no point": lambda d: d["measured"].update(steps=[[1]]),
+    "half of the native figures": lambda d: d["measured"].update(native=None),
+    "another number of costs": lambda d: d["measured"].update(native=[1.0]),
+    "another number of figures": lambda d: d["measured"]["native"][0].pop(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_or_stale_file_is_measured_again(measured: list[Geometry], name: str) -> None:
+    change = BROKEN[name]
+    path = cache.path_of(key_of(TINY, 1))
+    path.parent.mkdir(parents=True)
+    path.write_text(change if isinstance(change, str) else broken(change))
+    found, reason = cache.load(key_of(TINY, 1))
+    assert found is None
+    assert str(path) in reason
+    assert calibrate(TINY, threads=1).fresh
+    assert measured == [TINY]
+    assert cache.load(key_of(TINY, 1))[0] == FIGURES, "the good file took its place"
+    assert os.listdir(path.parent) == [path.name], "no temporary file is left"
+
+
+def test_a_good_file_is_good(measured: list[Geometry]) -> None:
+    """What `broken` changes is good before it."""
+    path = cache.path_of(key_of(TINY, 1))
+    path.parent.mkdir(parents=True)
+    path.write_text(broken(lambda document: None))
+    assert not calibrate(TINY, threads=1).fresh
+    assert measured == []
+
+
+def test_an_unreadable_file_is_measured_again(measured: list[Geometry]) -> None:
+    path = cache.path_of(key_of(TINY, 1))
+    path.mkdir(parents=True)
+    found = calibrate(TINY, threads=1)
+    assert found.fresh
+    assert found.path is None, "a folder is in the way: nothing was kept"
+
+
+def test_an_unwritable_folder_is_said_once(
+    measured: list[Geometry],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = calibrate(TINY, threads=1)
+    assert found.fresh
+    assert found.path is None
+    assert not calibrate(TINY, threads=1).fresh, "known in this process"
+    assert sum("are not kept" in record.message for record in caplog.records) == 1
+
+
+def test_a_failed_write_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = key_of(TINY, 1)
+    path = cache.save(key, FIGURES)
+    with pytest.raises(ValueError, match="JSON"):
+        cache.save(key, FIGURES._replace(growth_rows=((1.0, math.nan),)))
+    assert cache.load(key)[0] == FIGURES
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_costs_scale_with_layers_and_batch(measured: list[Geometry]) -> None:
+    found = calibrate(TINY, threads=1)
+    one, four = found.costs("padded", 1), found.costs("padded", 4)
+    row_bytes = TINY.layer_row_bytes
+    assert one.c_row == pytest.approx(1e-10 * row_bytes * 2)
+    assert four.c_read == pytest.approx(4 * one.c_read)
+    assert one.growth_seconds(MIB / row_bytes) == pytest.approx(2 * 1e-4)
+    assert four.growth_seconds(MIB / row_bytes / 4) == pytest.approx(2 * 1e-4)
+    assert found.costs("sdpa", 1).c_row == found.costs("native", 1).c_row == 0.0
+    assert one.step_seconds(1) == pytest.approx(1e-3 + 2 * 1e-5)
+    with pytest.raises(ValueError, match="attention='flash': allowed are native, sdpa, padded"):
+        found.costs("flash", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size=0"):
+        found.costs("sdpa", 0)
+
+
+def test_few_rows_are_priced_as_what_stays_in_caches() -> None:
+    near, far = AttentionCost(0.0, 1e-11, 2e-11), AttentionCost(0.0, 3e-11, 4e-11)
+    assert between((near, far), 0) == near
+    assert between((near, far), measure.NEAR_BYTES) == near
+    assert between((near, far), None) == far
+    assert between((near, far), 10**12) == far
+    middle = math.sqrt(measure.NEAR_BYTES * measure.MAX_BYTES)
+    assert between((near, far), round(middle)) == pytest.approx((0.0, 2e-11, 3e-11))
+
+
+def auto(**changes) -> BMCPolicy:
+    arguments = {
+        **{"batch_size": 2, "prompt_rows": 64, "total_rows": 1024, "attention": "sdpa"},
+        **changes,
+    }
+    return auto_policy(TINY, **arguments)
+
+
+def test_auto_policy_is_concrete(measured: list[Geometry]) -> None:
+    policy = auto()
+    assert policy == BMCPolicy(r=policy.r)
+    assert not policy.is_auto
+    assert auto(attention="native").r % 16 == 0
+    assert auto(attention="padded").r < auto(attention="sdpa").r
+    unknown = auto(total_rows=None)
+    assert not unknown.is_auto
+    assert not unknown.needs_limit
+    assert unknown.rows_per_growth(100_000) > unknown.rows_per_growth(1000)
+    assert auto(total_rows=10).rows_to_hold(0, 64, 64) == 64, "nothing new: the prompt and no more"
+    assert len(measured) == 1
+
+
+def test_auto_policy_refuses_and_survives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="attention='flash'"):
+        auto(attention="flash")
+    with pytest.raises(ValueError, match="prompt_rows=-1"):
+        auto(prompt_rows=-1)
+
+    def no_memory(*arguments, **settings) -> Measured:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(calibration, "measure", no_memory)
+    assert auto() == BMCPolicy.growing()
+    assert "can't allocate memory" in caplog.text
+    with pytest.raises(ValueError, match="threads=0"):
+        calibrate(TINY, threads=0)
+
+
+def test_geometry_without_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MAX_BYTES", 2 * MIB)
+    found = calibrate(ODD, threads=1, seconds=0.02)
+    assert found.measured.native is None
+    assert found.measured.growth_packed is None
+    with pytest.raises(ValueError, match='attention="native": .*allowed: "sdpa"'):
+        found.costs("native", 1)
+    arguments = {"batch_size": 1, "prompt_rows": 8, "total_rows": 64}
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert auto_policy(ODD, attention="native", **arguments) == auto_policy(
+            ODD, attention="sdpa", **arguments
+        )
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def test_threads_are_put_back(measured: list[Geometry], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def note(geometry: Geometry, *, seconds: float, tell=None) -> Measured:
+        seen.append(torch.get_num_threads())
+        return FIGURES
+
+    monkeypatch.setattr(calibration, "measure", note)
+    calibrate(TINY, threads=before + 1)
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_importing_the_core_imports_no_framework_and_no_terminal() -> None:
+    code = (
+        "import sys, bmc_core.costs.calibration, bmc_core.costs.spectrum, bmc_core.__main__;"
+        "print([m for m in ('transformers', 'vllm', 'typer', 'rich', 'matplotlib') "
+        "if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
