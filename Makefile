@@ -12,10 +12,10 @@ TORCH_INDEX ?=
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format build clean
+.PHONY: help setup serve test test-fast lint format build clean
 
 help: ## list the targets and settings
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 	@echo "settings: MODEL=path-or-name HOST=$(HOST) PORT=$(PORT) ARGS=\"options of vllm serve\""
 	@echo "          VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=address-of-PyTorch's-CPU-wheels"
 	@echo "          ARGS also goes to pytest: make test ARGS=\"-k server\""
@@ -29,6 +29,9 @@ serve: setup ## start the server (makes the demo model when MODEL is not given)
 
 test: setup ## run every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup ## run what starts no engine and no server and compiles nothing: two minutes
+	@$(BIN)/python -m pytest -m "not engine and not server and not build" $(ARGS)
 
 lint: setup ## check style, types and formatting of everything
 	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --color never

@@ -23,14 +23,15 @@ class BMCConfig:
     """Settings of the BMC backend.
 
     Attributes:
-        r: rows per growth, a positive multiple of the block size; None (or ``"auto"``, or left
-            out) lets ``bmc_core.policy`` decide.
+        r: rows per growth, a positive multiple of the block size. Nothing is copied when a block
+            table grows, so that the costs from which ``"auto"`` follows elsewhere are zero here:
+            the default is a constant, and ``"auto"`` is refused.
         release_free_memory: give the pages of freed blocks that hold no cached prefix back to
             the operating system after each step. Off by default: re-used pages cost a page
             fault each, and the pool is not on huge pages, which attention reads faster.
     """
 
-    r: int | None = None
+    r: int = DEFAULT_R
     release_free_memory: bool = False
 
     @classmethod
@@ -49,13 +50,11 @@ class BMCConfig:
                 f"additional_config[{KEY!r}] has the unknown keys {', '.join(unknown)}; "
                 f"allowed: {allowed}"
             )
-        r = settings.get("r")
-        if r == "auto":
-            r = None
-        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r <= 0):
+        r = settings.get("r", DEFAULT_R)
+        if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
             raise ValueError(
-                f"additional_config[{KEY!r}]['r']={r!r}: "
-                "expected a positive multiple of the block size (an int, in rows), or 'auto'"
+                f"additional_config[{KEY!r}]['r']={r!r}: expected a positive multiple of the block "
+                f"size (an int, in rows; default {DEFAULT_R})"
             )
         release = settings.get("release_free_memory", False)
         if not isinstance(release, bool):
@@ -67,25 +66,29 @@ class BMCConfig:
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> BMCConfig:
-        """Parses ``vllm_config.additional_config`` and checks it against the block size."""
+        """Parses ``vllm_config.additional_config``; raises ValueError on anything odd."""
         additional = vllm_config.additional_config
-        settings = additional.get(KEY) if isinstance(additional, Mapping) else None
-        config = cls.from_dict(settings)
-        config.check_block_size(vllm_config.cache_config.block_size)
-        return config
+        if not isinstance(additional, Mapping):
+            raise ValueError(
+                f"additional_config is a {type(additional).__name__}: attention backend BMC reads "
+                f"its settings from the key {KEY!r} of a dict"
+            )
+        return cls.from_dict(additional.get(KEY))
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless ``r`` is a whole number of blocks of ``block_size`` rows."""
-        if self.r is not None and self.r % block_size:
+        if self.r != DEFAULT_R and self.r % block_size:
             below = self.r // block_size * block_size
             near = [str(rows) for rows in (below, below + block_size) if rows]
             raise ValueError(
                 f"additional_config[{KEY!r}]['r']={self.r}: expected a positive multiple of the "
-                f"block size ({block_size}), for example {' or '.join(near)}, or 'auto'"
+                f"block size ({block_size}), for example {' or '.join(near)}"
             )
 
     def policy(self, block_size: int) -> BMCPolicy:
-        """The growth policy: the given ``r``, or the default rounded up to whole blocks."""
-        if self.r is not None:
-            return BMCPolicy(r=self.r)
-        return BMCPolicy(r=-(-DEFAULT_R // block_size) * block_size)
+        """The growth policy: ``r`` in whole blocks, rounded up.
+
+        A given ``r`` is a multiple of the block size that was configured; with hybrid models vLLM
+        makes blocks larger afterwards, to the size of a layer's state.
+        """
+        return BMCPolicy(r=-(-self.r // block_size) * block_size)

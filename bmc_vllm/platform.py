@@ -17,7 +17,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from bmc_core.log import log_once
-from bmc_vllm.config import KEY, BMCConfig
+from bmc_vllm.config import BMCConfig
 from bmc_vllm.plugin import builtin_platform
 
 if TYPE_CHECKING:
@@ -159,13 +159,9 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"block_size={cache.block_size}: attention backend BMC takes multiples of {BLOCK_ROWS}"
         )
-    additional = vllm_config.additional_config
-    if not isinstance(additional, dict):
-        raise ValueError(
-            f"additional_config is a {type(additional).__name__}: attention backend BMC reads its "
-            f"settings from the key {KEY!r} of a dict"
-        )
-    BMCConfig.from_vllm_config(vllm_config)
+    config = BMCConfig.from_vllm_config(vllm_config)
+    if cache.block_size is not None:
+        config.check_block_size(cache.block_size)
 
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == STOCK_WORKER_CLASS:

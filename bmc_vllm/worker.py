@@ -44,10 +44,13 @@ class BMCWorker(CPUWorker):
     _stats: StatsWriter | None = None
     _next_measure = 0.0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = BMCConfig.from_vllm_config(self.vllm_config)
+
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
         if tag == "kv_cache":
-            config = BMCConfig.from_vllm_config(self.vllm_config)
-            self._memory = KVPoolMemory(huge_pages=not config.release_free_memory)
+            self._memory = KVPoolMemory(huge_pages=not self._settings.release_free_memory)
             return self._memory.allocation()
         return super()._maybe_get_memory_pool_context(tag)
 
@@ -88,7 +91,7 @@ class BMCWorker(CPUWorker):
 
     def _log_start(self) -> None:
         block_size = self.cache_config.block_size
-        policy = BMCConfig.from_vllm_config(self.vllm_config).policy(block_size)
+        policy = self._settings.policy(block_size)
         threads = torch.get_num_threads()
         logger.info(
             "BMC: attention backend BMC, instruction set %s, dtype %s, r=%d rows, block size %d "

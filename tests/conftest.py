@@ -1,8 +1,20 @@
-"""What every test begins with."""
+"""What every test begins with, and which tests start an engine or a server."""
 
 import pytest
 
 from bmc_core import log
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by what a test uses, so that no test can be forgotten.
+
+    ``engine``: a model for a vLLM engine (`model_dir`); ``server``: everything in tests/server.
+    """
+    for item in items:
+        if "server" in item.path.parts:
+            item.add_marker(pytest.mark.server)
+        elif "model_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.engine)
 
 
 @pytest.fixture(autouse=True)

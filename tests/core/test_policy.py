@@ -138,6 +138,28 @@ def test_equal_to_its_copies(policy: BMCPolicy) -> None:
     assert policy != 3
 
 
+@given(st.integers(1, 300), st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 3000))
+def test_constant_r_holds_whole_growths(r: int, held: int, needed: int, room: int) -> None:
+    rows = BMCPolicy(r).rows_to_hold(held, needed)
+    assert rows >= max(held, needed)
+    assert (rows - held) % r == 0
+    assert rows == held or rows - r < needed
+    assert BMCPolicy(r).rows_to_hold(held, needed, needed + room) in (
+        held if needed <= held else min(rows, needed + room),
+    )
+
+
+def test_wrong_row_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"r=0.*positive"):
+        BMCPolicy(0)
+    with pytest.raises(TypeError, match=r"r=1\.5"):
+        BMCPolicy(1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="limit=5"):
+        BMCPolicy(16).rows_to_hold(0, 6, 5)
+    with pytest.raises(ValueError, match="held=-1"):
+        BMCPolicy(16).rows_to_hold(-1, 6)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -31,6 +33,7 @@ def run(*command: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.build
 def test_wheel_builds_and_runs_elsewhere(tmp_path: Path) -> None:
     # Without --wheel: the wheel is built from the source archive, so that must be complete too.
     run(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT), cwd=ROOT)

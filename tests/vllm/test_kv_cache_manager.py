@@ -1,70 +1,20 @@
 """The block managers alone, on vLLM's real KVCacheManager, without an engine."""
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm import SamplingParams
-from vllm.platforms import current_platform
-from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    SlidingWindowSpec,
-)
 from vllm.v1.request import Request
 
-from bmc_core.policy import BMCPolicy
-from bmc_vllm.integrity import IntegrityError, check_integrity
-from bmc_vllm.kv_cache_interface import to_bmc_spec
-from bmc_vllm.kv_cache_manager import GrowthState, configure_growth
-
-BLOCK = 16
-MAX_MODEL_LEN = 200
-WINDOW = 40
-
-register_all_kvcache_specs(None)
-current_platform.register_custom_kv_cache_specs(None)
-init_none_hash(sha256)
-hasher = get_request_block_hasher(BLOCK, sha256)
-
-FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-SLIDING = SlidingWindowSpec(
-    block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32, sliding_window=WINDOW
+from tests.support.managers import (
+    BLOCK,
+    KINDS,
+    MAX_MODEL_LEN,
+    held,
+    make_manager,
+    make_request,
+    verify,
 )
-KINDS = {"full": [FULL], "sliding": [SLIDING], "hybrid": [FULL, SLIDING, SLIDING]}
-
-
-def make_manager(
-    kind: str, num_blocks: int, r: int, caching: bool = True
-) -> tuple[KVCacheManager, GrowthState]:
-    groups = [
-        KVCacheGroupSpec([f"layer{i}"], to_bmc_spec(spec)) for i, spec in enumerate(KINDS[kind])
-    ]
-    manager = KVCacheManager(
-        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
-        max_model_len=MAX_MODEL_LEN,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        max_in_flight_tokens=64,
-        enable_caching=caching,
-    )
-    growth = configure_growth(
-        manager.coordinator.single_type_managers, BMCPolicy(r), MAX_MODEL_LEN, track_touched=True
-    )
-    return manager, growth
-
-
-def make_request(name: str, tokens: list[int]) -> Request:
-    return Request(name, tokens, SamplingParams(max_tokens=500), None, block_hasher=hasher)
-
-
-def verify(manager: KVCacheManager) -> None:
-    check_integrity(manager.block_pool, manager.coordinator.single_type_managers)
 
 
 class Simulation:
@@ -177,10 +127,6 @@ def test_any_sequence_keeps_the_pool_whole(kind, num_blocks, r, caching, operati
     assert growth.stats()[1:] == (0, 0)
 
 
-def held(manager: KVCacheManager, request: Request, group: int = 0) -> list[int]:
-    return [b.block_id for b in manager.coordinator.get_blocks(request.request_id)[group]]
-
-
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_growth_takes_adjacent_chunks(kind: str) -> None:
     manager, growth = make_manager(kind, 60, r=64)
@@ -243,18 +189,3 @@ def test_block_table_never_overflows() -> None:
     request = make_request("a", list(range(150)))
     manager.allocate_slots(request, 150)
     assert len(held(manager, request)) == -(-MAX_MODEL_LEN // BLOCK)
-
-
-def test_integrity_names_the_fault() -> None:
-    manager, _ = make_manager("full", 30, r=64)
-    request = make_request("a", list(range(40)))
-    manager.allocate_slots(request, 40)
-    single = manager.coordinator.single_type_managers[0]
-    single.check_integrity()
-    single.req_to_blocks["b"] = single.req_to_blocks["a"][:1]
-    with pytest.raises(IntegrityError, match="ref_cnt 1, 2 owners"):
-        single.check_integrity()
-    del single.req_to_blocks["b"]
-    lost = single.req_to_blocks["a"].pop()
-    with pytest.raises(IntegrityError, match=f"block {lost.block_id}"):
-        single.check_integrity()
