@@ -1,5 +1,6 @@
 """Huge pages where rows fill them, pages given back; what the system says of them."""
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -17,9 +18,14 @@ needs_huge_pages = pytest.mark.skipif(
 )
 
 
+def fresh(num_bytes: int) -> torch.Tensor:
+    """Memory of its own: what `torch.empty` gives may be what an earlier test has advised."""
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+
 @needs_huge_pages
 def test_large_tensors_ask_for_huge_pages() -> None:
-    tensor = torch.empty(64 << 20, dtype=torch.uint8)
+    tensor = fresh(64 << 20)
     assert not wants_huge_pages(tensor)
     memory.prefer_huge_pages(tensor)
     assert wants_huge_pages(tensor)
@@ -27,7 +33,7 @@ def test_large_tensors_ask_for_huge_pages() -> None:
 
 @needs_huge_pages
 def test_what_cannot_have_huge_pages_is_left_alone() -> None:
-    wide = torch.empty(64 << 20, dtype=torch.uint8)
+    wide = fresh(64 << 20)
     memory.prefer_huge_pages(wide[::2])
     memory.prefer_huge_pages(wide[: memory.huge_page_bytes()])
     assert not wants_huge_pages(wide)
