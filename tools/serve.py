@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # this file is run as a script
 
 from bmc_core.machine.cpu import allowed_cpus, physical_cores  # noqa: E402
 from bmc_core.machine.memory import available_bytes  # noqa: E402
-from tools import demo_model  # noqa: E402
+from tools.demo import model as demo_model  # noqa: E402
 
 # vLLM's "auto" binding leaves one core to the API server and the scheduler. On few cores that
 # is a large share of the machine, and the scheduler sleeps while the worker computes.

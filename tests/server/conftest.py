@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import demo_model
+from tools.demo import model as demo_model
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import demo_model
 from tools.demo import corpus, train
+from tools.demo import model as demo_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by the command itself, as a user would."""
     output = tmp_path_factory.mktemp("demo") / "models"
-    command = [sys.executable, str(ROOT / "tools" / "demo_model.py")]
+    command = [sys.executable, str(ROOT / "tools" / "demo" / "model.py")]
     subprocess.run([*command, "--seconds", "3", "--output", str(output)], check=True, timeout=120)
     return output
 

@@ -139,7 +139,7 @@ def test_every_tool_and_the_engine_is_pinned() -> None:
         assert "==" in setup_env.pinned(name)
 
 
-@pytest.mark.parametrize("tool", ["setup_env.py", "demo_model.py", "serve.py"])
+@pytest.mark.parametrize("tool", ["setup_env.py", "demo/model.py", "serve.py"])
 def test_tools_explain_themselves(tool: str) -> None:
     path = Path(setup_env.__file__).with_name(tool)
     result = subprocess.run(

@@ -1,6 +1,6 @@
 """Train both demo models into a folder: `python -m tools.demo.make FOLDER SECONDS`.
 
-`tools/demo_model.py` runs this in a process of its own and looks after everything else: where
+`tools/demo/model.py` runs this in a process of its own and looks after everything else: where
 the folder is, that it is complete, that nobody else is at it.
 """
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Raised when what is written changes, so that nobody is served an old model from the cache.
 VERSION = 1
 DEFAULT_SECONDS = 112.0  # for everything: the promise is two minutes
