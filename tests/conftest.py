@@ -8,7 +8,7 @@ from bmc_core import log
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks by what a test uses, so that no test can be forgotten.
 
-    ``engine``: a model for a vLLM engine (`model_dir`); ``server``: everything in tests/server. Tests
+    ``engine``: a model for a vLLM engine (`model_dir`); ``server``: all of tests/server. Tests
     that start an engine in some other way carry the mark themselves.
     """
     for item in items:

@@ -141,7 +141,7 @@ def test_every_tool_and_the_engine_is_pinned() -> None:
 
 @pytest.mark.parametrize("tool", ["setup_env.py", "demo/model.py", "serve.py"])
 def test_tools_explain_themselves(tool: str) -> None:
-    path = Path(setup_env.__file__).with_name(tool)
+    path = Path(setup_env.__file__).parent / tool
     result = subprocess.run(
         [sys.executable, str(path), "--help"],
         capture_output=True,
