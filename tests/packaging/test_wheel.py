@@ -1,10 +1,14 @@
-"""The wheel, built from the source archive with build isolation, works away from the checkout."""
+"""The wheel, built from the source archive with build isolation, works away from the checkout, and
+both say what they are and under which license."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.message import Message
+from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
@@ -33,11 +37,39 @@ def run(*command: str, cwd: Path) -> str:
     return result.stdout
 
 
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return HeaderParser().parsestr(archive.read(name).decode())
+
+
+def check_license(wheel: Path, source: Path) -> None:
+    """The license by its SPDX name alone, and its whole text in both archives."""
+    metadata = metadata_of(wheel)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    classifiers = metadata.get_all("Classifier") or []
+    assert classifiers
+    # Package indexes refuse a license classifier beside an expression.
+    assert not [name for name in classifiers if name.startswith("License")]
+    text = (ROOT / "LICENSE").read_bytes()
+    assert text.strip().startswith(b"Apache License")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
+        assert archive.read(name) == text
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    documents = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", *documents} <= names
+
+
 @pytest.mark.build
 def test_wheel_builds_and_runs_elsewhere(tmp_path: Path) -> None:
     # Without --wheel: the wheel is built from the source archive, so that must be complete too.
     run(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT), cwd=ROOT)
     (wheel,) = tmp_path.glob("bmc_llm-*.whl")
+    (source,) = tmp_path.glob("bmc_llm-*.tar.gz")
+    check_license(wheel, source)
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("bmc_core/_native.") and name.endswith(".so") for name in names)
     packages = ("bmc_core", "bmc_deepspeed", "bmc_transformers", "bmc_vllm")
