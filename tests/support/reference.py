@@ -179,9 +179,10 @@ class Inputs:
         outputs = []
         for seq, query in enumerate(self.query.double().split(case.query_lens)):
             rows = case.seq_lens[seq]
-            key = self.stored(self.keys[seq], case.key_scale).repeat_interleave(group, dim=1)
-            value = self.stored(self.values[seq], case.value_scale).repeat_interleave(group, dim=1)
-            logits = torch.einsum("qhd,khd->hqk", query, key) * self.scale
+            key = self.stored(self.keys[seq], case.key_scale)
+            value = self.stored(self.values[seq], case.value_scale)
+            grouped = query.unflatten(1, (case.kv_heads, group))
+            logits = torch.einsum("qhgd,khd->hgqk", grouped, key).flatten(0, 1) * self.scale
             if case.logits_soft_cap:
                 logits = case.logits_soft_cap * torch.tanh(logits / case.logits_soft_cap)
             query_pos = torch.arange(rows - query.shape[0], rows)[:, None]
@@ -201,7 +202,8 @@ class Inputs:
                 weights = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
             else:
                 weights = logits.softmax(-1).nan_to_num(0.0)
-            outputs.append(torch.einsum("hqk,khd->qhd", weights, value))
+            grouped = weights.unflatten(0, (case.kv_heads, group))
+            outputs.append(torch.einsum("hgqk,khd->qhgd", grouped, value).flatten(1, 2))
         return torch.cat(outputs).float()
 
 
