@@ -14,19 +14,27 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+import operator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from bmc_core import native
 
+if TYPE_CHECKING:
+    from bmc_core._native import Plan
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_SIZES = range(32, 257, 16)
 BLOCK_ROWS = 16
+MAX_SEQ_LEN = 2**30  # KV rows of a sequence, rows of a block, query rows of a call
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _FP8_CODES = {dtype: code for code, dtype in enumerate(FP8_DTYPES, 1)}
+_FLOAT32 = torch.finfo(torch.float32)
+_WINDOWS = "a positive number of rows, or None"
+_SOFT_CAPS = "0 (none) or a positive finite float32"
 
 
 # Called for every layer of every step: what is allowed is put into words only where it is not met.
@@ -37,12 +45,62 @@ def _refusal(name: str, value: object, allowed: str) -> ValueError:
 def _check_cpu_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, dim: int) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: a torch.Tensor")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} is on device {tensor.device}; allowed: cpu")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {dtype}")
     if tensor.dim() != dim:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {dim} dimensions")
+    # A CPU tensor's memory may still hold other values than the tensor, or not exist.
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} has its negative bit set (a view such as x.conj().imag); "
+            "allowed: a tensor whose memory holds its values, as resolve_neg() gives"
+        )
+    if not _has_memory(tensor):
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__} without memory of its own; "
+            "allowed: a strided tensor with storage (no fake, sparse or freed one)"
+        )
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        # The storage's address: that of a freed tensor is null, whatever its own offset is.
+        return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # sparse, or a wrapper of transforms: "does not have storage"
+        return False
+
+
+def _check_number(name: str, value: float, allowed: str = "a finite float32") -> None:
+    try:
+        finite = math.fabs(value) <= _FLOAT32.max
+    except OverflowError:  # an integer beyond any float
+        finite = False
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; allowed: {allowed}") from None
+    if not finite:
+        raise _refusal(name, value, allowed)
+
+
+def _whole_number(name: str, value: int, allowed: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; allowed: {allowed}") from None
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two elements might lie at one address (never False where two do)."""
+    reach = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _check_rows(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -63,6 +121,7 @@ class _CacheGeometry(NamedTuple):
     head_size: int
     stride_block: int
     stride_head: int
+    overlaps: bool
 
 
 def _cache_geometry(kv_cache: torch.Tensor) -> _CacheGeometry:
@@ -89,7 +148,10 @@ def _checked_geometry(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Cach
             f"kv_cache has strides {strides}; allowed: contiguous inside a "
             "(block, head), that is head-major blocks"
         )
-    return _CacheGeometry(num_blocks, heads, block_size, width // 2, stride_block, stride_head)
+    overlaps = _overlaps(shape, strides)
+    return _CacheGeometry(
+        num_blocks, heads, block_size, width // 2, stride_block, stride_head, overlaps
+    )
 
 
 def _type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[int, int]:
@@ -112,10 +174,11 @@ def _check_scales(kv_cache: torch.Tensor, key_scale: float, value_scale: float) 
     if key_scale == value_scale == 1.0:
         return
     quantized = kv_cache.dtype in _FP8_CODES
+    allowed = "a positive number" if quantized else f"1 for a cache of {kv_cache.dtype}"
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-        if not (math.isfinite(scale) and scale > 0) or not (quantized or scale == 1.0):
-            allowed = "a positive number" if quantized else f"1 for a cache of {kv_cache.dtype}"
-            raise ValueError(f"{name} is {scale}; allowed: {allowed}")
+        _check_number(name, scale, allowed)
+        if scale < _FLOAT32.tiny or not (quantized or scale == 1.0):
+            raise _refusal(name, scale, allowed)
 
 
 def write_kv(
@@ -141,9 +204,12 @@ def write_kv(
 
     Raises:
         TypeError: a dtype is not the allowed one.
-        ValueError, IndexError: a shape, stride, device or slot is not allowed. Nothing was written.
+        ValueError, IndexError: a shape, stride, device or slot is not allowed, or a tensor has no
+            memory of its own. Nothing was written.
     """
     cache = _cache_geometry(kv_cache)
+    if cache.overlaps:
+        raise _refusal("kv_cache's strides", kv_cache.stride(), "blocks that do not overlap")
     dtype_code, cache_code = _type_codes("key", key, kv_cache)
     _check_rows("key", key, key.dtype)
     _check_rows("value", value, key.dtype)
@@ -175,8 +241,8 @@ def write_kv(
         tokens,
         cache.num_blocks,
         cache.heads,
-        cache.head_size,
         cache.block_size,
+        cache.head_size,
         dtype_code,
         cache_code,
         key_scale,
@@ -189,22 +255,24 @@ class AttentionBatch:
 
     Built once per step and shared by all layers: what depends only on lengths and blocks (checks,
     the split over threads) is done at the first layer of each geometry, from then on later changes
-    of the tensors have no effect. Not for use by two threads at once.
+    of the tensors have no effect. One thread at a time may attend with it: a second one is refused
+    (RuntimeError), so make one batch for each thread.
 
     Args:
         query_start_loc: int32 `[sequences + 1]`, first query row of each sequence, then the total.
-        seq_lens: int32 `[sequences]`, KV rows of each sequence, this step's rows included.
-        block_table: int32 `[sequences, width]`, block ids; entries past a sequence's length are
-            not read.
-        block_size: rows of one block.
+        seq_lens: int32 `[sequences]`, KV rows of each sequence, this step's rows included; at most
+            `MAX_SEQ_LEN`.
+        block_table: int32 `[sequences, width]`, block ids; entries past a sequence's length, or of
+            blocks that lie wholly before what its first query row sees, may be anything.
+        block_size: rows of one block, a multiple of 16.
         causal: the last query row of a sequence sees all its rows, the one before one less, ...;
             False: every query row sees all rows.
         first_rows: int32 `[sequences]`, rows before it are seen by no query of that sequence (left
             padding); None: all rows count.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or length is not allowed (lengths and block ids are
-            checked when a layer first uses the batch).
+        TypeError, ValueError: a dtype, shape or size is not allowed, or a tensor has no memory of
+            its own (lengths and block ids are checked when a layer first uses the batch).
     """
 
     def __init__(
@@ -220,6 +288,12 @@ class AttentionBatch:
         _check_cpu_tensor("query_start_loc", query_start_loc, torch.int32, 1)
         _check_cpu_tensor("seq_lens", seq_lens, torch.int32, 1)
         _check_cpu_tensor("block_table", block_table, torch.int32, 2)
+        allowed = f"multiples of {BLOCK_ROWS} up to {MAX_SEQ_LEN}"
+        block_size = _whole_number("block_size", block_size, allowed)
+        if not 0 < block_size <= MAX_SEQ_LEN or block_size % BLOCK_ROWS:
+            raise _refusal("block_size", block_size, allowed)
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal is {causal!r}; allowed: True or False")
         sequences = seq_lens.shape[0]
         if query_start_loc.shape[0] != sequences + 1:
             raise _refusal(
@@ -250,18 +324,20 @@ class AttentionBatch:
         self.block_table = block_table
         self.block_size = block_size
         self.causal = causal
-        self._plans: dict[tuple[int, int, int], object] = {}
+        self._plans: dict[tuple[int, int, int], Plan] = {}
 
-    def plan(self, num_query_heads: int, num_kv_heads: int, window: int):
-        """The native plan for one layer geometry; `window` 0 means none."""
+    def plan(self, tokens: int, num_query_heads: int, num_kv_heads: int, window: int) -> Plan:
+        """The native plan for one layer geometry and `tokens` query rows; `window` 0 means none."""
         key = (num_query_heads, num_kv_heads, window)
         plan = self._plans.get(key)
         if plan is None:
             plan = native.module().Plan(
                 self.query_start_loc.data_ptr(),
                 self.seq_lens.data_ptr(),
+                0 if self.first_rows is None else self.first_rows.data_ptr(),
                 self.block_table.data_ptr(),
                 self.seq_lens.shape[0],
+                tokens,
                 self.block_table.shape[1],
                 self.block_table.stride(0),
                 self.block_size,
@@ -269,10 +345,12 @@ class AttentionBatch:
                 num_kv_heads,
                 window,
                 self.causal,
-                0,
-                0 if self.first_rows is None else self.first_rows.data_ptr(),
             )
             self._plans[key] = plan
+        if plan.num_tokens != tokens:
+            raise _refusal(
+                "query's rows", tokens, f"{plan.num_tokens} (the end of query_start_loc)"
+            )
         return plan
 
 
@@ -325,34 +403,42 @@ def paged_attention(
         key_scale, value_scale: what an fp8 cache's keys and values are multiplied by.
 
     Raises:
-        TypeError: a dtype is not the allowed one.
-        ValueError, IndexError: a shape, stride, device, length or block id is not allowed.
+        TypeError: a dtype or a setting's type is not the allowed one.
+        ValueError, IndexError: a shape, stride, device, length, block id or setting is not allowed,
+            or a tensor has no memory of its own.
+        RuntimeError: another thread attends with the same batch.
     """
     cache = _cache_geometry(kv_cache)
     dtype_code, cache_code = _type_codes("query", query, kv_cache)
     _check_rows("query", query, query.dtype)
     _check_rows("out", out, query.dtype)
     _check_scales(kv_cache, key_scale, value_scale)
+    _check_number("scale", scale)
+    _check_number("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
     tokens, heads, head_size = query.shape
     if head_size != cache.head_size:
         raise _refusal("query's head size", head_size, f"{cache.head_size}")
     if out.shape != query.shape:
         raise _refusal("out's shape", tuple(out.shape), f"{tuple(query.shape)}")
+    if not out.is_contiguous() and _overlaps(out.shape, out.stride()):
+        raise _refusal("out's strides", out.stride(), "rows that do not overlap")
     if batch.block_size != cache.block_size:
         raise _refusal(
             "the batch's block_size", batch.block_size, f"{cache.block_size} (kv_cache's)"
         )
-    if sliding_window is not None and sliding_window <= 0:
-        raise _refusal("sliding_window", sliding_window, "a positive number of rows, or None")
-    if not logits_soft_cap >= 0.0:
-        raise _refusal("logits_soft_cap", logits_soft_cap, "0 (none) or positive")
+    window = 0
+    if sliding_window is not None:
+        window = _whole_number("sliding_window", sliding_window, _WINDOWS)
+        if window <= 0:
+            raise _refusal("sliding_window", sliding_window, _WINDOWS)
+    if logits_soft_cap != 0.0 and logits_soft_cap < _FLOAT32.tiny:
+        raise _refusal("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
     slopes = _per_head("alibi_slopes", alibi_slopes, heads)
     sink_logits = _per_head("sinks", sinks, heads)
-    plan = batch.plan(heads, cache.heads, sliding_window or 0)
-    if plan.num_tokens != tokens:
-        raise _refusal("query's rows", tokens, f"{plan.num_tokens} (the batch's)")
+    plan = batch.plan(tokens, heads, cache.heads, min(window, MAX_SEQ_LEN))
     native.module().attend(
         plan,
+        tokens,
         query.data_ptr(),
         query.stride(0),
         query.stride(1),
@@ -363,6 +449,7 @@ def paged_attention(
         cache.num_blocks,
         cache.stride_block,
         cache.stride_head,
+        cache.block_size,
         head_size,
         dtype_code,
         cache_code,

@@ -10,27 +10,32 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from bmc_core._native import Module
 
 ISA_VARIABLE = "BMC_ISA"
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Module | None, str | None]:
     # torch first: its libgomp must be the process's only OpenMP runtime, and ours resolves to it.
     import torch  # noqa: F401
 
     try:
         from bmc_core import _native
+
+        loaded = cast("Module", _native)
     except ImportError as error:
         return None, f"bmc_core's native module does not load: {error}"
     wanted = os.environ.get(ISA_VARIABLE, "")
     if wanted:
         try:
-            _native.select_isa(wanted)
+            loaded.select_isa(wanted)
         except ValueError as error:
             return None, f"{ISA_VARIABLE}={wanted}: {error}"
-    return _native, None
+    return loaded, None
 
 
 def load_error() -> str | None:
@@ -38,7 +43,7 @@ def load_error() -> str | None:
     return _load()[1]
 
 
-def module() -> ModuleType:
+def module() -> Module:
     """The native module.
 
     Raises:

@@ -9,7 +9,10 @@ SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp"}
 
 
 def main() -> int:
-    files = sorted(str(path) for path in (ROOT / "bmc_core").rglob("*") if path.suffix in SUFFIXES)
+    roots = (ROOT / "bmc_core", ROOT / "tests")
+    files = sorted(
+        str(path) for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES
+    )
     if not files:
         return 0
     mode = ["--dry-run", "-Werror"] if "--check" in sys.argv[1:] else ["-i"]

@@ -18,23 +18,28 @@ namespace bmc {
 constexpr int kTileRows = 16;  // KV rows in one K tile; a KV block is a whole number of tiles
 constexpr int kStepRows = 64;  // KV rows between two updates of the running softmax
 constexpr int kStepTiles = kStepRows / kTileRows;
-constexpr int kQueryBlockRows =
-    128;  // query rows (positions x heads of the group) of one work item
+constexpr int kQueryBlockRows = 128;  // most query rows (positions x heads) of one work item
 constexpr int kMinHeadSize = 32;
 constexpr int kMaxHeadSize = 256;
+// KV rows of one sequence, and rows of one block: so that a position plus a step, a window or
+// another position stays far inside an int32_t.
+constexpr int32_t kMaxSeqLen = 1 << 30;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // What the cache holds: the query's type, or 8-bit floats (P = 2) times a scale.
 enum class CacheType : int { kSameAsQuery = 0, kE4M3 = 1, kE5M2 = 2 };
 
-// One KV head of some consecutive query positions of one sequence, over KV rows [kv_begin, kv_end).
+// One KV head of some consecutive query positions of one sequence, over KV rows [kv_begin, kv_end),
+// for all query heads of the group, or for some of them where the group alone fills an item.
 struct WorkItem {
   int32_t seq;
   int32_t kv_head;
+  int32_t head_begin;  // first query head, counted within the group
+  int32_t head_count;
   int32_t query_begin;  // first query position, counted within this step's query of the sequence
   int32_t query_count;
-  int32_t kv_begin;  // a multiple of kTileRows, or the first row that a query sees
-  int32_t kv_end;
+  int32_t kv_begin;     // a multiple of kTileRows, or the first row that a query sees
+  int32_t kv_end;       // no more than kv_begin where no query sees a row
   int32_t split_group;  // -1: the only item of its rows; else index into Plan's split groups
   int32_t split_index;  // position among the items of the group
 };
@@ -42,7 +47,7 @@ struct WorkItem {
 // Items that cover the same query rows over different KV rows; whoever finishes last merges them.
 struct SplitGroup {
   int32_t count;
-  int32_t first_partial;  // row index of the first partial result in the workspace
+  int64_t first_partial;  // row index of the first partial result in the workspace
   int32_t pending;        // items not finished yet (atomic); the merger sets it back to count
 };
 
@@ -53,11 +58,11 @@ struct PlanView {
   const int32_t* query_start;  // [num_seqs + 1]
   const int32_t* seq_lens;     // [num_seqs]
   const int32_t* first_rows;   // [num_seqs] rows before it are seen by no query
-  const int32_t* blocks;       // block ids of all sequences, row after row
-  const int64_t* block_start;  // [num_seqs] index of each sequence's first block id
+  const int32_t* blocks;       // ids of the blocks that hold rows which a query sees
+  const int64_t* block_start;  // [num_seqs] index that each sequence's block 0 has, or would have
   int32_t block_size;
   int32_t group_size;  // query heads per KV head
-  int32_t max_rows;    // most query rows (positions x group_size) of any item
+  int32_t max_rows;    // most query rows (positions x heads) of any item
   int32_t window;      // rows a query sees, itself included; 0: all
   bool causal;
 };

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "vector_item.h"
-#ifdef __AMX_BF16__
+#ifdef BMC_TILES
 #include "tile_item.h"
 #endif
 
@@ -20,7 +20,7 @@ template <class E>
 struct VectorElement {
   using type = E;
 };
-#ifdef __AMX_BF16__
+#ifdef BMC_TILES
 template <class Format, class Values>
 struct VectorElement<Fp8<Format, Values, BFloatProducts>> {
   using type = Fp8<Format, Values, PairProducts>;
@@ -35,13 +35,13 @@ void attend_share(const AttentionArgs& args, int thread) {
   Scratch<V> vector_scratch;  // over the same memory: an item uses one of them
   scratch.carve(memory, args.plan.max_rows, args.head_size);
   vector_scratch.carve(memory, args.plan.max_rows, args.head_size);
-#ifdef __AMX_BF16__
+#ifdef BMC_TILES
   TileConfig config;
 #endif
   Queue queue(args);
   while (const WorkItem* item = queue.pop()) {
     const WorkItem& work = *item;
-#ifdef __AMX_BF16__
+#ifdef BMC_TILES
     if constexpr (std::is_same_v<typename E::Arith, uint16_t>) {
       if (TileItem<E>::fits(args, work)) {
         TileItem<E>(args, work, scratch, queue).run(config);

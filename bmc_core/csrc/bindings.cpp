@@ -73,22 +73,66 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-Plan make_plan(uintptr_t query_start, uintptr_t seq_lens, uintptr_t block_table, int64_t num_seqs,
-               int64_t table_width, int64_t table_stride, int32_t block_size,
-               int32_t num_query_heads, int32_t num_kv_heads, int32_t window, bool causal,
-               int32_t num_threads, uintptr_t first_rows) {
-  return Plan(
-      {reinterpret_cast<const int32_t*>(query_start), reinterpret_cast<const int32_t*>(seq_lens),
-       reinterpret_cast<const int32_t*>(first_rows), reinterpret_cast<const int32_t*>(block_table),
-       num_seqs, table_width, table_stride, block_size, num_query_heads, num_kv_heads, window,
-       causal, num_threads > 0 ? num_threads : omp_get_max_threads()});
+// The codes that attention.py gives for dtypes; the kernels rely on there being no others.
+DType dtype_of(int code) {
+  switch (static_cast<DType>(code)) {
+    case DType::kFloat32:
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return static_cast<DType>(code);
+  }
+  throw std::invalid_argument("dtype code is " + std::to_string(code) + "; allowed: 0 to 2");
 }
 
-void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t query_stride_head,
-            uintptr_t out, int64_t out_stride_token, int64_t out_stride_head, uintptr_t cache,
-            int64_t num_blocks, int64_t cache_stride_block, int64_t cache_stride_head,
+CacheType cache_type_of(int code) {
+  switch (static_cast<CacheType>(code)) {
+    case CacheType::kSameAsQuery:
+    case CacheType::kE4M3:
+    case CacheType::kE5M2:
+      return static_cast<CacheType>(code);
+  }
+  throw std::invalid_argument("cache type code is " + std::to_string(code) + "; allowed: 0 to 2");
+}
+
+void check_rows(int32_t block_size, int32_t head_size) {
+  if (block_size <= 0 || block_size % kTileRows != 0 || block_size > kMaxSeqLen) {
+    throw std::invalid_argument("block_size is " + std::to_string(block_size) +
+                                "; allowed: multiples of " + std::to_string(kTileRows) + " up to " +
+                                std::to_string(kMaxSeqLen));
+  }
+  if (head_size < kMinHeadSize || head_size > kMaxHeadSize || head_size % 16 != 0) {
+    throw std::invalid_argument("head size is " + std::to_string(head_size) +
+                                "; allowed: " + std::to_string(kMinHeadSize) + " to " +
+                                std::to_string(kMaxHeadSize) + " in steps of 16");
+  }
+}
+
+std::unique_ptr<Plan> make_plan(uintptr_t query_start, uintptr_t seq_lens, uintptr_t first_rows,
+                                uintptr_t block_table, int64_t num_seqs, int64_t num_tokens,
+                                int64_t table_width, int64_t table_stride, int32_t block_size,
+                                int32_t num_query_heads, int32_t num_kv_heads, int32_t window,
+                                bool causal) {
+  return std::unique_ptr<Plan>(new Plan(
+      {reinterpret_cast<const int32_t*>(query_start), reinterpret_cast<const int32_t*>(seq_lens),
+       reinterpret_cast<const int32_t*>(first_rows), reinterpret_cast<const int32_t*>(block_table),
+       num_seqs, num_tokens, table_width, table_stride, block_size, num_query_heads, num_kv_heads,
+       window, causal, omp_get_max_threads()}));
+}
+
+void attend(Plan& plan, int64_t num_tokens, uintptr_t query, int64_t query_stride_token,
+            int64_t query_stride_head, uintptr_t out, int64_t out_stride_token,
+            int64_t out_stride_head, uintptr_t cache, int64_t num_blocks,
+            int64_t cache_stride_block, int64_t cache_stride_head, int32_t block_size,
             int32_t head_size, int dtype, int cache_type, float scale, float value_scale,
             float softcap, uintptr_t alibi_slopes, uintptr_t sinks) {
+  check_rows(block_size, head_size);
+  if (plan.num_tokens() != num_tokens || plan.block_size() != block_size) {
+    throw std::invalid_argument("the plan is for " + std::to_string(plan.num_tokens()) +
+                                " query rows and blocks of " + std::to_string(plan.block_size()) +
+                                ", not for " + std::to_string(num_tokens) + " and " +
+                                std::to_string(block_size));
+  }
+  const Plan::Use use(plan);
   if (plan.min_block() < 0 || plan.max_block() >= num_blocks) {
     const int32_t wrong = plan.min_block() < 0 ? plan.min_block() : plan.max_block();
     throw std::out_of_range("block table holds block id " + std::to_string(wrong) +
@@ -107,8 +151,8 @@ void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t que
   args.cache_stride_block = cache_stride_block;
   args.cache_stride_head = cache_stride_head;
   args.head_size = head_size;
-  args.dtype = static_cast<DType>(dtype);
-  args.cache_type = static_cast<CacheType>(cache_type);
+  args.dtype = dtype_of(dtype);
+  args.cache_type = cache_type_of(cache_type);
   args.scale = scale;
   args.value_scale = value_scale;
   args.softcap = softcap;
@@ -131,8 +175,16 @@ void attend(Plan& plan, uintptr_t query, int64_t query_stride_token, int64_t que
 void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head, uintptr_t value,
                 int64_t value_stride_token, int64_t value_stride_head, uintptr_t cache,
                 int64_t cache_stride_block, int64_t cache_stride_head, uintptr_t slots,
-                int64_t num_tokens, int64_t num_blocks, int32_t num_kv_heads, int32_t head_size,
-                int32_t block_size, int dtype, int cache_type, float key_scale, float value_scale) {
+                int64_t num_tokens, int64_t num_blocks, int32_t num_kv_heads, int32_t block_size,
+                int32_t head_size, int dtype, int cache_type, float key_scale, float value_scale) {
+  check_rows(block_size, head_size);
+  const DType dtype_checked = dtype_of(dtype);
+  const CacheType cache_type_checked = cache_type_of(cache_type);
+  if (num_tokens < 0 || num_blocks < 0 || num_kv_heads < 0) {
+    throw std::invalid_argument("tokens, blocks and KV heads are " + std::to_string(num_tokens) +
+                                ", " + std::to_string(num_blocks) + " and " +
+                                std::to_string(num_kv_heads) + "; allowed: not negative");
+  }
   py::gil_scoped_release release;
   write_cache({reinterpret_cast<const void*>(key),
                reinterpret_cast<const void*>(value),
@@ -149,15 +201,15 @@ void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head
                num_kv_heads,
                head_size,
                block_size,
-               static_cast<DType>(dtype),
-               static_cast<CacheType>(cache_type),
+               dtype_checked,
+               cache_type_checked,
                key_scale,
                value_scale,
                omp_get_max_threads()});
 }
 
-void grow_in_place_checked(uintptr_t base, int64_t room, int64_t parts, int64_t valid, int64_t old_stride,
-            int64_t new_stride) {
+void grow_in_place_checked(uintptr_t base, int64_t room, int64_t parts, int64_t valid,
+                           int64_t old_stride, int64_t new_stride) {
   if (parts < 0 || valid < 0 || valid > old_stride || old_stride > new_stride ||
       (parts > 0 && new_stride > room / parts)) {
     throw std::invalid_argument(std::to_string(parts) + " parts of " + std::to_string(valid) +
@@ -167,7 +219,7 @@ void grow_in_place_checked(uintptr_t base, int64_t room, int64_t parts, int64_t 
   }
   py::gil_scoped_release release;
   grow_in_place(reinterpret_cast<char*>(base), parts, valid, old_stride, new_stride,
-               omp_get_max_threads());
+                omp_get_max_threads());
 }
 
 }  // namespace
@@ -180,7 +232,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return std::string(selected()->name); });
   m.def("select_isa", &select_isa);
   m.def("num_threads", [] { return omp_get_max_threads(); });
-  py::class_<Plan>(m, "Plan")
+  // Local, so that another build of this module may be loaded beside it
+  // (tests/support/emulation.py).
+  py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init(&make_plan))
       .def_property_readonly("num_tokens", &Plan::num_tokens)
       .def_property_readonly("num_kv_heads", &Plan::num_kv_heads)
@@ -191,7 +245,8 @@ PYBIND11_MODULE(_native, m) {
         std::vector<py::tuple> rows;
         for (const WorkItem& item : plan.items()) {
           rows.push_back(py::make_tuple(item.seq, item.kv_head, item.query_begin, item.query_count,
-                                        item.kv_begin, item.kv_end, item.split_group));
+                                        item.kv_begin, item.kv_end, item.head_begin,
+                                        item.head_count, item.split_group));
         }
         return rows;
       });

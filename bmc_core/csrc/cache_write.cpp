@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define BMC_ISA_NAMESPACE plain
 #include "fp8.h"
@@ -60,7 +61,7 @@ void scatter_row(const T* key, const T* value, T* block, int row, int block_size
 
 // One row of K and V from the model's type to the cache's.
 template <class T, class C, int kPack, class Convert>
-void write_tokens(const WriteArgs& args, Convert convert) {
+void write_tokens(const WriteArgs& args, const int64_t* slots, Convert convert) {
   const T* keys = static_cast<const T*>(args.key);
   const T* values = static_cast<const T*>(args.value);
   C* cache = static_cast<C*>(args.cache);
@@ -70,7 +71,7 @@ void write_tokens(const WriteArgs& args, Convert convert) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = i / args.num_kv_heads, head = i % args.num_kv_heads;
-    const int64_t slot = args.slots[token];
+    const int64_t slot = slots[token];
     if (slot < 0) continue;
     const T* key = keys + token * args.key_stride_token + head * args.key_stride_head;
     const T* value = values + token * args.value_stride_token + head * args.value_stride_head;
@@ -85,28 +86,30 @@ void write_tokens(const WriteArgs& args, Convert convert) {
 }
 
 template <class T, int kPack>
-void write_same(const WriteArgs& args) {
-  write_tokens<T, T, kPack>(args, [](const T* row, float, int, T*) { return row; });
+void write_same(const WriteArgs& args, const int64_t* slots) {
+  write_tokens<T, T, kPack>(args, slots, [](const T* row, float, int, T*) { return row; });
 }
 
 template <class T, class Fp8Format>
-void write_fp8(const WriteArgs& args, float (*widen)(T)) {
-  write_tokens<T, uint8_t, 2>(args, [=](const T* row, float scale, int count, uint8_t* codes) {
-    const float inverse = 1.f / scale;
-    for (int d = 0; d < count; ++d) codes[d] = encode_fp8<Fp8Format>(widen(row[d]) * inverse);
-    return static_cast<const uint8_t*>(codes);
-  });
+void write_fp8(const WriteArgs& args, const int64_t* slots, float (*widen)(T)) {
+  write_tokens<T, uint8_t, 2>(args, slots,
+                              [=](const T* row, float scale, int count, uint8_t* codes) {
+                                const float inverse = 1.f / scale;
+                                for (int d = 0; d < count; ++d)
+                                  codes[d] = encode_fp8<Fp8Format>(widen(row[d]) * inverse);
+                                return static_cast<const uint8_t*>(codes);
+                              });
 }
 
 template <class Fp8Format>
-void write_quantized(const WriteArgs& args) {
+void write_quantized(const WriteArgs& args, const int64_t* slots) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return write_fp8<float, Fp8Format>(args, [](float x) { return x; });
+      return write_fp8<float, Fp8Format>(args, slots, [](float x) { return x; });
     case DType::kFloat16:
-      return write_fp8<uint16_t, Fp8Format>(args, half_to_float);
+      return write_fp8<uint16_t, Fp8Format>(args, slots, half_to_float);
     case DType::kBFloat16:
-      return write_fp8<uint16_t, Fp8Format>(args, bfloat_to_float);
+      return write_fp8<uint16_t, Fp8Format>(args, slots, bfloat_to_float);
   }
 }
 
@@ -114,23 +117,25 @@ void write_quantized(const WriteArgs& args) {
 
 void write_cache(const WriteArgs& args) {
   const int64_t num_slots = args.num_blocks * args.block_size;
+  const std::vector<int64_t> copy(args.slots, args.slots + args.num_tokens);
+  const int64_t* slots = copy.data();
   for (int64_t i = 0; i < args.num_tokens; ++i) {
-    if (args.slots[i] >= num_slots) {
+    if (slots[i] >= num_slots) {
       throw std::out_of_range("slot_mapping[" + std::to_string(i) + "] is " +
-                              std::to_string(args.slots[i]) + "; allowed: below " +
+                              std::to_string(slots[i]) + "; allowed: below " +
                               std::to_string(num_slots) +
                               " (blocks x block size), negative to skip");
     }
   }
-  if (args.cache_type == CacheType::kE4M3) return write_quantized<E4M3>(args);
-  if (args.cache_type == CacheType::kE5M2) return write_quantized<E5M2>(args);
+  if (args.cache_type == CacheType::kE4M3) return write_quantized<E4M3>(args, slots);
+  if (args.cache_type == CacheType::kE5M2) return write_quantized<E5M2>(args, slots);
   switch (args.dtype) {
     case DType::kFloat32:
-      return write_same<uint32_t, 1>(args);
+      return write_same<uint32_t, 1>(args, slots);
     case DType::kFloat16:
-      return write_same<uint16_t, 1>(args);
+      return write_same<uint16_t, 1>(args, slots);
     case DType::kBFloat16:
-      return write_same<uint16_t, 2>(args);
+      return write_same<uint16_t, 2>(args, slots);
   }
 }
 

@@ -25,7 +25,8 @@ struct WriteArgs {
   int32_t num_threads;
 };
 
-// Throws std::out_of_range before anything is written when a slot lies past the cache.
+// Throws std::out_of_range before anything is written when a slot lies past the cache. Slots are
+// read once: another thread that changes them meanwhile cannot move a write out of the cache.
 void write_cache(const WriteArgs& args);
 
 }  // namespace bmc

@@ -82,29 +82,23 @@ struct PairProducts {
   static void pack(Arith* dst, F32x16 x) { store(dst, x); }
 };
 
-#ifdef __AVX512BF16__
+#ifdef BMC_BFLOAT_PAIRS
 // Products of bfloat16 pairs; probabilities are rounded to bfloat16, sums stay in float.
 struct BFloatProducts {
   using Arith = uint16_t;
-  using Right = __m512i;
-  using Left = __m512i;
+  using Right = BFloatPairs;
+  using Left = BFloatPairs;
   static constexpr int kPack = 2;
   static constexpr int kExpDegree = 4;
-  static Right right(const uint16_t* pairs) { return _mm512_loadu_si512(pairs); }
+  static Right right(const uint16_t* pairs) { return load_pairs(pairs); }
   template <class Format>
   static constexpr float kFp8Unit = 1.f;
   template <class Format>
   static Right right_fp8(const uint8_t* pairs) {
     return fp8_to_bfloat<Format>(pairs);
   }
-  static Left left(const Arith* p) {
-    int32_t pair;
-    memcpy(&pair, p, 4);
-    return _mm512_set1_epi32(pair);
-  }
-  static void dot(F32x16& acc, Left a, Right b) {
-    acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)a, (__m512bh)b);
-  }
+  static Left left(const Arith* p) { return broadcast_pair(p); }
+  static void dot(F32x16& acc, Left a, Right b) { dot_pairs(acc, a, b); }
   static void pack(Arith* dst, F32x16 x) { store_bfloat(dst, x); }
 };
 #else

@@ -24,12 +24,13 @@ void for_pieces(char* base, int64_t valid, int64_t stride, int64_t begin, int64_
 }  // namespace
 
 void grow_in_place(char* base, int64_t parts, int64_t valid, int64_t old_stride, int64_t new_stride,
-                  int num_threads) {
+                   int num_threads) {
   const int64_t total = parts * valid;
   if (total == 0 || old_stride == new_stride) return;
-  const int threads =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, total / kShare)));
-  const int64_t step = threads * kShare;
+  // 1 or all, never as many as there are shares: libgomp ends the threads that a smaller team
+  // leaves over, and torch's next operation starts them again, at every growth of every layer.
+  const int threads = total < 2 * kShare ? 1 : num_threads;
+  const int64_t step = std::min<int64_t>(threads, (total + kShare - 1) / kShare) * kShare;
   const std::unique_ptr<char[]> buffer(new char[step]);
   // From the last byte down: no byte goes below where it was, so what is written was read before.
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -10,6 +10,6 @@ namespace bmc {
 // no smaller than old ones, strides no smaller than `valid`. What lies behind the valid bytes is
 // undefined afterwards. Throws std::bad_alloc before anything has moved.
 void grow_in_place(char* base, int64_t parts, int64_t valid, int64_t old_stride, int64_t new_stride,
-                  int num_threads);
+                   int num_threads);
 
 }  // namespace bmc

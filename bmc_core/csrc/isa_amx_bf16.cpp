@@ -1,4 +1,5 @@
 #define BMC_ISA_NAMESPACE amx_bf16
+#define BMC_TILES  // items of many query rows are computed with matrix tiles
 #include <omp.h>
 
 #include "simd_avx512.h"

@@ -17,7 +17,7 @@
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
-#ifdef __AMX_BF16__
+#ifdef BMC_TILES
 // Matrix tiles want many rows and columns between two updates of the softmax.
 constexpr int kPanelRows = 32;
 constexpr int kPanelColumns = 256;
@@ -54,7 +54,9 @@ struct Scratch {
     const int64_t rows = (max_rows + kPanelRows - 1) / kPanelRows * kPanelRows;
     int64_t at = 0;
     auto take = [&](auto*& p, int64_t count) {
-      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + at);
+      // Not base + at: no base is given where only the size is asked for.
+      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(reinterpret_cast<uintptr_t>(base) +
+                                                                 at);
       at += align64(count * static_cast<int64_t>(sizeof(*p)));
     };
     take(query, rows * head_size);
@@ -109,17 +111,18 @@ class Item {
   Item(const AttentionArgs& args, const WorkItem& work, Scratch<E>& scratch, Queue& queue)
       : args_(args), work_(work), s_(scratch), head_size_(args.head_size), queue_(queue) {
     const PlanView& plan = args.plan;
-    group_ = plan.group_size;
-    rows_ = work.query_count * group_;
+    heads_ = work.head_count;
+    first_head_ = work.kv_head * plan.group_size + work.head_begin;
+    rows_ = work.query_count * heads_;
     seq_len_ = plan.seq_lens[work.seq];
     query_len_ = plan.query_start[work.seq + 1] - plan.query_start[work.seq];
   }
 
   int token(int row) const {
-    return args_.plan.query_start[work_.seq] + work_.query_begin + row / group_;
+    return args_.plan.query_start[work_.seq] + work_.query_begin + row / heads_;
   }
-  int query_head(int row) const { return work_.kv_head * group_ + row % group_; }
-  int position(int row) const { return seq_len_ - query_len_ + work_.query_begin + row / group_; }
+  int query_head(int row) const { return first_head_ + row % heads_; }
+  int position(int row) const { return seq_len_ - query_len_ + work_.query_begin + row / heads_; }
 
   void begin() {
     const Value* query = static_cast<const Value*>(args_.query);
@@ -244,7 +247,7 @@ class Item {
   const WorkItem& work_;
   Scratch<E>& s_;
   const int head_size_;
-  int group_, rows_, seq_len_, query_len_, first_row_ = 0;
+  int heads_, first_head_, rows_, seq_len_, query_len_, first_row_ = 0;
   float unit_ = 1.f;  // of K and V as the products see them
 
  private:
@@ -268,7 +271,7 @@ class Item {
   void hand_over() {
     SplitGroup& group = args_.plan.split_groups[work_.split_group];
     const int64_t width = head_size_ + 2;
-    float* shares = args_.partials + static_cast<int64_t>(group.first_partial) * width;
+    float* shares = args_.partials + group.first_partial * width;
     for (int row = 0; row < rows_; ++row) {
       float* share = shares + (static_cast<int64_t>(work_.split_index) * rows_ + row) * width;
       share[0] = s_.running_max[row];

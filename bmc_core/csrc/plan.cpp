@@ -20,15 +20,22 @@ int32_t round_down(int32_t x, int32_t to) { return x / to * to; }
 
 }  // namespace
 
+Plan::Use::Use(Plan& plan) : plan_(plan) {
+  if (plan.in_use_.exchange(true, std::memory_order_acquire)) {
+    throw std::runtime_error(
+        "the batch is in use by another thread; make one AttentionBatch for each thread");
+  }
+}
+
 Plan::Plan(const PlanInput& input)
     : block_size_(input.block_size),
       num_kv_heads_(input.num_kv_heads),
       group_size_(0),
       window_(input.window),
       causal_(input.causal) {
-  if (block_size_ <= 0 || block_size_ % kTileRows != 0) {
+  if (block_size_ <= 0 || block_size_ % kTileRows != 0 || block_size_ > kMaxSeqLen) {
     throw std::invalid_argument("block_size is " + str(block_size_) + "; allowed: multiples of " +
-                                str(kTileRows));
+                                str(kTileRows) + " up to " + str(kMaxSeqLen));
   }
   if (num_kv_heads_ <= 0 || input.num_query_heads <= 0 ||
       input.num_query_heads % num_kv_heads_ != 0) {
@@ -58,16 +65,22 @@ void Plan::copy_sequences(const PlanInput& input) {
   if (query_start_[0] != 0) {
     throw std::invalid_argument("query_start_loc[0] is " + str(query_start_[0]) + "; allowed: 0");
   }
+  if (input.num_tokens > kMaxSeqLen) {
+    throw std::invalid_argument("query has " + str(input.num_tokens) + " rows; allowed: up to " +
+                                str(kMaxSeqLen) + " (MAX_SEQ_LEN)");
+  }
+  const int64_t in_table = std::min<int64_t>(input.table_width, kMaxSeqLen) * block_size_;
+  const int64_t most_rows = std::min<int64_t>(in_table, kMaxSeqLen);
   for (int64_t seq = 0; seq < input.num_seqs; ++seq) {
     const int64_t query_len = static_cast<int64_t>(query_start_[seq + 1]) - query_start_[seq];
     const int64_t seq_len = seq_lens_[seq];
     if (query_len < 0) {
       throw std::invalid_argument("query_start_loc decreases at sequence " + str(seq));
     }
-    if (seq_len < 0 || seq_len > input.table_width * block_size_) {
-      throw std::invalid_argument("seq_lens[" + str(seq) + "] is " + str(seq_len) +
-                                  "; allowed: 0 to " + str(input.table_width * block_size_) +
-                                  " (block table width x block size)");
+    if (seq_len < 0 || seq_len > most_rows) {
+      throw std::invalid_argument(
+          "seq_lens[" + str(seq) + "] is " + str(seq_len) + "; allowed: 0 to " + str(most_rows) +
+          (most_rows == kMaxSeqLen ? " (MAX_SEQ_LEN)" : " (block table width x block size)"));
     }
     if (causal_ && query_len > seq_len) {
       throw std::invalid_argument("sequence " + str(seq) + " has " + str(query_len) +
@@ -79,11 +92,13 @@ void Plan::copy_sequences(const PlanInput& input) {
                                   "; allowed: 0 to " + str(seq_len) + " (seq_lens[" + str(seq) +
                                   "])");
     }
-    block_start_.push_back(static_cast<int64_t>(blocks_.size()));
-    if (query_len == 0) continue;
-    const int32_t* row = input.block_table + seq * input.table_stride;
-    blocks_.insert(blocks_.end(), row, row + (seq_len + block_size_ - 1) / block_size_);
   }
+  // Before anything is sized by it: one wrong number here would be a plan of gigabytes.
+  if (query_start_.back() != input.num_tokens) {
+    throw std::invalid_argument("query's rows is " + str(input.num_tokens) + "; allowed: " +
+                                str(query_start_.back()) + " (the end of query_start_loc)");
+  }
+  for (int64_t seq = 0; seq < input.num_seqs; ++seq) copy_blocks(input, seq);
   if (!blocks_.empty()) {
     const auto range = std::minmax_element(blocks_.begin(), blocks_.end());
     min_block_ = *range.first;
@@ -91,34 +106,62 @@ void Plan::copy_sequences(const PlanInput& input) {
   }
 }
 
+// The first KV row that the query at a position (counted within this step's query) may see.
+int32_t Plan::first_seen(int64_t seq, int32_t query_position) const {
+  const int32_t query_len = query_start_[seq + 1] - query_start_[seq];
+  const int32_t position = seq_lens_[seq] - query_len + query_position;
+  const int32_t in_window = window_ > 0 ? position + 1 - window_ : 0;
+  return std::max(first_rows_[seq], in_window);
+}
+
+// Ids of the blocks from the first row that any query sees on: those before it may be anything.
+void Plan::copy_blocks(const PlanInput& input, int64_t seq) {
+  const bool idle = query_start_[seq + 1] == query_start_[seq];
+  const int32_t begin = idle ? seq_lens_[seq] : first_seen(seq, 0);
+  const int64_t first = begin / block_size_;
+  block_start_.push_back(static_cast<int64_t>(blocks_.size()) - first);
+  if (begin >= seq_lens_[seq]) return;
+  const int64_t last = (seq_lens_[seq] - 1) / block_size_;
+  const int32_t* row = input.block_table + seq * input.table_stride;
+  blocks_.insert(blocks_.end(), row + first, row + last + 1);
+}
+
 void Plan::make_items(int32_t wanted_threads) {
   struct Draft {
     WorkItem item;
-    int64_t cost_per_row;
     int64_t cost;
   };
   std::vector<Draft> drafts;
   int64_t total = 0;
-  const int32_t positions = std::max(1, kQueryBlockRows / group_size_);
+  // An item is one block of query rows: more heads than that are several items of equal size.
+  const int32_t parts = (group_size_ + kQueryBlockRows - 1) / kQueryBlockRows;
+  const int32_t heads = (group_size_ + parts - 1) / parts;
+  const int32_t positions = std::max(1, kQueryBlockRows / heads);
   for (size_t seq = 0; seq < seq_lens_.size(); ++seq) {
     const int32_t query_len = query_start_[seq + 1] - query_start_[seq];
     const int32_t context = seq_lens_[seq] - query_len;
     for (int32_t begin = 0; begin < query_len; begin += positions) {
       const int32_t count = std::min(positions, query_len - begin);
       const int32_t end = causal_ ? context + begin + count : seq_lens_[seq];
-      const int32_t in_window = window_ > 0 ? context + begin + 1 - window_ : 0;
-      const int32_t first_seen = std::min(end, std::max(first_rows_[seq], in_window));
-      const int64_t per_row = kStreamRows + static_cast<int64_t>(count) * group_size_;
-      const int64_t cost = per_row * (end - first_seen);
-      max_rows_ = std::max(max_rows_, count * group_size_);
-      for (int32_t head = 0; head < num_kv_heads_; ++head) {
-        drafts.push_back({{static_cast<int32_t>(seq), head, begin, count, first_seen, end, -1, 0},
-                          per_row,
-                          cost});
+      const int32_t seen = first_seen(seq, begin);
+      // Rows of a block that was not copied must not be looked up.
+      const int32_t kv_begin = seen < end ? seen : 0, kv_end = seen < end ? end : 0;
+      max_rows_ = std::max(max_rows_, count * heads);
+      for (int32_t head = 0; head < group_size_; head += heads) {
+        const int32_t head_count = std::min(heads, group_size_ - head);
+        const int64_t per_row = kStreamRows + static_cast<int64_t>(count) * head_count;
+        const int64_t cost = per_row * (kv_end - kv_begin);
+        for (int32_t kv_head = 0; kv_head < num_kv_heads_; ++kv_head) {
+          drafts.push_back({{static_cast<int32_t>(seq), kv_head, head, head_count, begin, count,
+                             kv_begin, kv_end, -1, 0},
+                            cost});
+        }
+        total += cost * num_kv_heads_;
       }
-      total += cost * num_kv_heads_;
     }
   }
+  // 1 or all, never a number between: libgomp ends the threads that a smaller team leaves over, and
+  // the next full team (torch's own operations use the same pool) starts them again.
   num_threads_ = total < kMinParallelCost ? 1 : wanted_threads;
   // No item may be so large that the thread that has it ends last by much.
   const int64_t most = num_threads_ == 1 ? total + 1 : total / (num_threads_ * kItemsPerThread) + 1;
@@ -134,9 +177,9 @@ void Plan::make_items(int32_t wanted_threads) {
       continue;
     }
     const int32_t group = static_cast<int32_t>(split_groups_.size());
-    split_groups_.push_back({static_cast<int32_t>(shares), static_cast<int32_t>(num_partial_rows_),
-                             static_cast<int32_t>(shares)});
-    num_partial_rows_ += shares * item.query_count * group_size_;
+    split_groups_.push_back(
+        {static_cast<int32_t>(shares), num_partial_rows_, static_cast<int32_t>(shares)});
+    num_partial_rows_ += shares * item.query_count * item.head_count;
     int32_t begin = item.kv_begin;
     for (int32_t share = 0; share < shares; ++share) {
       WorkItem part = item;

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "fp8.h"
 
@@ -129,6 +130,22 @@ inline bool has_e4m3_nan(const uint8_t* p, int count) {
   return (_mm512_cmpeq_epi8_mask(most_signed, _mm512_set1_epi8(0x7f)) |
           _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(-1))) != 0;
 }
+
+#ifdef __AVX512BF16__
+// Sixteen bfloat16 pairs [16][2], and products of them.
+#define BMC_BFLOAT_PAIRS
+using BFloatPairs = __m512i;
+inline BFloatPairs load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+inline BFloatPairs broadcast_pair(const uint16_t* p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  return _mm512_set1_epi32(pair);
+}
+// acc += a[.][0] * b[.][0] + a[.][1] * b[.][1]
+inline void dot_pairs(F32x16& acc, BFloatPairs a, BFloatPairs b) {
+  acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)a, (__m512bh)b);
+}
+#endif
 
 // Register blocking: query rows x vectors of one product, 24 of the 32 registers as accumulators.
 constexpr int kRowBlock = 6;

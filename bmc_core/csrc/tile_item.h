@@ -56,7 +56,7 @@ class TileItem : Item<E> {
 
   static bool fits(const AttentionArgs& args, const WorkItem& work) {
     const int least = kUnpack ? kMinUnpackedRows : kMinTileRows;
-    return work.query_count * args.plan.group_size >= least && args.head_size % kTileDim == 0 &&
+    return work.query_count * work.head_count >= least && args.head_size % kTileDim == 0 &&
            args.plan.block_size % kGroupRows == 0;
   }
 
@@ -100,7 +100,8 @@ class TileItem : Item<E> {
         values[g] = value;
       }
     }
-    Panel panels[kQueryBlockRows / kPanelRows + 1];
+    static_assert(kQueryBlockRows % kPanelRows == 0);
+    Panel panels[kQueryBlockRows / kPanelRows];
     int count = 0;
     for (int row = 0; row < rows_; row += kPanelRows) {
       Panel& panel = panels[count];
@@ -145,7 +146,8 @@ class TileItem : Item<E> {
   // and the vector units work at the same time.
   class InterleavedSoftmax {
    public:
-    explicit InterleavedSoftmax(TileItem& item) : item_(item), panel_(nullptr), rows_(0), turns_(1) {}
+    explicit InterleavedSoftmax(TileItem& item)
+        : item_(item), panel_(nullptr), rows_(0), turns_(1) {}
     InterleavedSoftmax(TileItem& item, const Panel& panel, const Panel* before, const Panel* after)
         : item_(item), panel_(&panel), rows_(panel.rows), turns_(0) {
       const int dims = item.head_size_ / kTileDim;
@@ -183,7 +185,8 @@ class TileItem : Item<E> {
   }
   void weigh(const Panel& panel, const Wide* const* values, const char* const* fetch_k,
              InterleavedSoftmax& interleaved) {
-    panel.two() ? weigh_two(panel, values, fetch_k, interleaved) : weigh_one(panel, values, fetch_k);
+    panel.two() ? weigh_two(panel, values, fetch_k, interleaved)
+                : weigh_one(panel, values, fetch_k);
   }
 
   // The part of a group's K or V that belongs to dimensions [d, d + 32).

@@ -7,12 +7,13 @@
 namespace bmc::BMC_ISA_NAMESPACE {
 namespace {
 
-// Cache lines of some tiles, fetched one by one in the order of their addresses: the hardware's own
-// prefetcher follows that, and does not follow the products, which read several tiles at once.
+// Cache lines of some tiles (of none where tiles is null), fetched one by one in the order of their
+// addresses: the hardware's own prefetcher follows that, and does not follow the products, which
+// read several tiles at once.
 class Lines {
  public:
   Lines(const char* const* tiles, int count, int tile_bytes)
-      : tile_(tiles), last_(tiles + count), bytes_(tile_bytes) {}
+      : tile_(tiles), last_(tiles != nullptr ? tiles + count : nullptr), bytes_(tile_bytes) {}
   void fetch() {
     if (tile_ == last_) return;
     __builtin_prefetch(*tile_ + at_, 0, 2);

@@ -1,72 +1,38 @@
-"""The operator against a float32 einsum reference, on every instruction set of this machine."""
+"""The operator against a double-precision reference, on every instruction set of this machine."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bmc_core import native
 from bmc_core.attention import (
     DTYPES,
     FP8_DTYPES,
     HEAD_SIZES,
+    MAX_SEQ_LEN,
     AttentionBatch,
     paged_attention,
     write_kv,
 )
-from tests.support.reference import Case, Inputs, assert_matches_reference, quantized
-
-R = 128
-EDGE_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, R - 1, R, R + 1, 300]
+from tests.support.reference import (
+    EDGE_LENGTHS,
+    Case,
+    Inputs,
+    assert_matches_reference,
+    cases,
+    quantized,
+)
 
 
 @pytest.fixture(params=native.usable_isas())
 def isa(request):
     with native.forced_isa(request.param):
         yield request.param
-
-
-@st.composite
-def cases(draw) -> Case:
-    kv_heads = draw(st.integers(1, 3))
-    group = draw(st.sampled_from([1, 2, 3, 4, 7] if kv_heads > 1 else [1, 4, 8, 71]))
-    seq_lens, query_lens = [], []
-    for _ in range(draw(st.integers(1, 4))):
-        seq_len = draw(st.sampled_from(EDGE_LENGTHS) | st.integers(0, 400))
-        query_len = draw(st.sampled_from([1, 1, 2, 5, 9, 33, 64, seq_len]))
-        seq_lens.append(seq_len)
-        query_lens.append(min(query_len, seq_len))
-    causal = draw(st.booleans())
-    first_rows = draw(st.none() | st.tuples(*(st.integers(0, n) for n in seq_lens)).map(list))
-    cache_dtype = draw(st.sampled_from([None, None, None, *FP8_DTYPES]))
-    scales = st.just(1.0) if cache_dtype is None else st.sampled_from([0.02, 1.0, 3.5])
-    poison = draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0]))
-    if cache_dtype == torch.float8_e4m3fn and math.isinf(poison):
-        poison = float("nan")  # the format has no infinity
-    return Case(
-        seq_lens=seq_lens,
-        query_lens=query_lens,
-        query_heads=kv_heads * group,
-        kv_heads=kv_heads,
-        head_size=draw(st.sampled_from(HEAD_SIZES)),
-        block_size=draw(st.sampled_from([16, 32, 48, 128])),
-        dtype=draw(st.sampled_from(DTYPES)),
-        causal=causal,
-        sliding_window=draw(st.none() | st.integers(1, 400)) if causal else None,
-        alibi=draw(st.booleans()) if causal else False,
-        logits_soft_cap=draw(st.sampled_from([0.0, 0.0, 5.0, 50.0])),
-        sinks=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**16)),
-        poison=poison,
-        cache_dtype=cache_dtype,
-        key_scale=draw(scales),
-        value_scale=draw(scales),
-        first_rows=first_rows,
-    )
 
 
 @pytest.mark.parametrize("name", native.usable_isas())
@@ -91,6 +57,81 @@ def test_lengths_around_a_chunk(isa: str, dtype: torch.dtype, length: int) -> No
     assert_matches_reference(
         Case(seq_lens=[length, 5], query_lens=[min(1, length), 1], dtype=dtype)
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float8_e4m3fn)],
+)
+@pytest.mark.parametrize("group", [128, 161, 192, 256])
+def test_many_query_heads_share_a_kv_head(
+    isa: str, group: int, dtype: torch.dtype, cache_dtype: torch.dtype | None
+) -> None:
+    """A group of more heads than an item has rows for is several items."""
+    case = Case(
+        seq_lens=[40, 300, 9],
+        query_lens=[1, 3, 0],
+        query_heads=group,
+        kv_heads=1,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        alibi=True,
+        sinks=True,
+    )
+    rows = {}
+    for seq, _, begin, count, *_, first_head, heads, _ in (
+        Inputs(case).batch().plan(4, group, 1, 0).work_items()
+    ):
+        assert count * heads <= 128
+        for position in range(begin, begin + count):
+            rows.setdefault((seq, position), []).extend(range(first_head, first_head + heads))
+    assert sorted(rows) == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    assert all(sorted(heads) == list(range(group)) for heads in rows.values())
+    assert_matches_reference(case)
+
+
+@pytest.mark.parametrize("query_len", [1, 150])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_blocks_that_no_query_sees_may_be_anything(
+    isa: str, block_size: int, query_len: int
+) -> None:
+    """Ids before a window or of padding: callers mark blocks that they gave back with -1."""
+    for dtype in DTYPES:
+        case = Case(
+            seq_lens=[300, 200, 250],
+            query_lens=[query_len, 1, 0],
+            query_heads=8,
+            block_size=block_size,
+            dtype=dtype,
+            sliding_window=40,
+            first_rows=[0, 190, 0],
+        )
+        inputs = Inputs(case)
+        first_seen = [300 - query_len + 1 - 40, 190, 250]
+        for seq, first in enumerate(first_seen):
+            inputs.block_table[seq, : max(0, first) // block_size] = -1
+        inputs.block_table[2] = 2**31 - 1
+        expected = inputs.reference()
+        torch.testing.assert_close(inputs.run().float(), expected, atol=2e-2, rtol=0)
+        inputs.block_table[0, max(0, first_seen[0]) // block_size] = -1
+        with pytest.raises(IndexError, match="block table holds block id -1; allowed: 0 to"):
+            inputs.run()
+
+
+def test_the_longest_sequence(isa: str) -> None:
+    """Positions next to the limit on lengths; only the window's part of the table is touched."""
+    window, block_size = 100, 16
+    case = Case(seq_lens=[112], query_lens=[1], block_size=block_size, sliding_window=window)
+    inputs = Inputs(case)
+    width = MAX_SEQ_LEN // block_size
+    table = torch.from_numpy(np.zeros((1, width), dtype=np.int32))  # pages appear when written
+    taken = inputs.block_table[0, : 112 // block_size]
+    table[0, width - len(taken) :] = taken
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    lengths = torch.tensor([MAX_SEQ_LEN], dtype=torch.int32)
+    expected = inputs.run()
+    out = inputs.run(AttentionBatch(starts, lengths, table, block_size))
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, *FP8_DTYPES])
@@ -151,7 +192,7 @@ def test_one_long_sequence_is_split(
         sinks=True,
     )
     inputs = Inputs(case)
-    items = inputs.batch().plan(query_heads, kv_heads, 0).work_items()
+    items = inputs.batch().plan(2, query_heads, kv_heads, 0).work_items()
     if native.num_threads() > 1 and kv_heads == 1:
         assert all(split_group >= 0 for *_, split_group in items)
     for head, query_begin, count in {(item[1], item[2], item[3]) for item in items}:

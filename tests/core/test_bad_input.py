@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from bmc_core.attention import AttentionBatch, paged_attention, write_kv
+from bmc_core import native
+from bmc_core.attention import MAX_SEQ_LEN, AttentionBatch, paged_attention, write_kv
 from tests.support.reference import Case, Inputs
 
 
@@ -47,6 +52,10 @@ def test_wrong_shapes(inputs: Inputs) -> None:
         attend(inputs, query=inputs.query.flatten(1))
     with pytest.raises(ValueError, match="query's rows is 2; allowed: 3"):
         attend(inputs, query=inputs.query[:2], out=torch.empty_like(inputs.query[:2]))
+    batch = inputs.batch()
+    attend(inputs, batch=batch)
+    with pytest.raises(ValueError, match=r"query's rows is 2; allowed: 3 \(the end of"):
+        attend(inputs, batch=batch, query=inputs.query[:2], out=torch.empty_like(inputs.query[:2]))
     with pytest.raises(ValueError, match="out's shape"):
         attend(inputs, out=torch.empty(3, 2, 64))
     with pytest.raises(ValueError, match=r"query heads \(3\) must be a positive multiple"):
@@ -72,13 +81,158 @@ def test_wrong_strides(inputs: Inputs) -> None:
 def test_wrong_settings(inputs: Inputs) -> None:
     with pytest.raises(ValueError, match="sliding_window is 0; allowed: a positive number"):
         attend(inputs, sliding_window=0)
-    with pytest.raises(ValueError, match="logits_soft_cap is -1"):
-        attend(inputs, logits_soft_cap=-1.0)
+    for window in (4.5, "4"):
+        with pytest.raises(TypeError, match=f"sliding_window is {window!r}; allowed: a positive"):
+            attend(inputs, sliding_window=window)
+    for cap in (-1.0, math.inf, math.nan, 1e39, 1e-46):
+        with pytest.raises(
+            ValueError, match=rf"logits_soft_cap is {re.escape(str(cap))}; allowed: 0"
+        ):
+            attend(inputs, logits_soft_cap=cap)
+    for scale in (math.inf, math.nan, 1e39, 10**400):
+        with pytest.raises(
+            ValueError, match=rf"^scale is {re.escape(str(scale))}; allowed: a finite"
+        ):
+            attend(inputs, scale=scale)
+    for name in ("scale", "logits_soft_cap", "key_scale", "value_scale"):
+        for value in ("x", None, [1.0], 1j):
+            with pytest.raises(TypeError, match=rf"^{name} is {re.escape(repr(value))}; allowed: "):
+                attend(inputs, **{name: value})
     batch = AttentionBatch(
         inputs.query_start_loc, inputs.seq_lens, inputs.block_table, 32, causal=False
     )
     with pytest.raises(ValueError, match="sliding_window needs causal"):
         attend(inputs, batch=batch, sliding_window=4)
+
+
+def test_a_window_wider_than_any_sequence_is_none(inputs: Inputs) -> None:
+    expected = inputs.run()
+    for window in (2**31 - 1, 2**31, 2**63 - 1):
+        inputs.case.sliding_window = window
+        assert torch.equal(inputs.run(), expected)
+
+
+def test_overlapping_memory(inputs: Inputs) -> None:
+    """What is written must not lie on itself; what is only read may."""
+    for out in (
+        torch.empty(1, 4, 64).expand(3, 4, 64),
+        torch.empty(3, 1, 64).expand(3, 4, 64),
+        torch.empty(1000).as_strided((3, 4, 64), (100, 32, 1)),
+    ):
+        with pytest.raises(ValueError, match="out's strides is .*; allowed: rows that do not over"):
+            attend(inputs, out=out)
+    inputs.query = inputs.query[:1].expand(3, 4, 64)
+    expected = inputs.reference()
+    torch.testing.assert_close(inputs.run(), expected)
+    rows = torch.ones(2, 2, 64)
+    overlapping = inputs.kv_cache[:1].expand_as(inputs.kv_cache)
+    with pytest.raises(ValueError, match="kv_cache's strides is .*; allowed: blocks that do not"):
+        write_kv(rows, rows, overlapping, torch.tensor([0, 32]))
+
+
+def test_strides_of_a_fused_buffer_do_not_overlap(inputs: Inputs) -> None:
+    """Heads before tokens, and rows with others between them: both are views that callers hand."""
+    expected = inputs.run()
+    for out in (torch.empty(4, 3, 64).transpose(0, 1), torch.empty(3, 12, 64)[:, 4:8]):
+        attend(inputs, out=out, scale=inputs.scale)
+        assert torch.equal(out, expected)
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(tensor)
+
+
+def fake(tensor: torch.Tensor) -> torch.Tensor:
+    return FakeTensorMode().from_tensor(tensor)
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.clone()
+    whole.untyped_storage().resize_(0)
+    return whole
+
+
+def freed_with_an_offset(tensor: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([tensor, tensor])
+    part = whole[len(tensor) :]
+    whole.untyped_storage().resize_(0)
+    return part
+
+
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
+
+
+def sparse(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_sparse()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (negated, "has its negative bit set"),
+        (fake, "is a FakeTensor without memory"),
+        (freed, "is a Tensor without memory"),
+        (freed_with_an_offset, "is a Tensor without memory"),
+        (on_meta, "is on device meta; allowed: cpu"),
+        (sparse, "is a Tensor without memory"),
+    ],
+)
+def test_tensors_whose_memory_is_not_their_values(inputs: Inputs, change, message: str) -> None:
+    """Every tensor argument is refused by its name, and nothing is read or written."""
+    arguments = {
+        "query": inputs.query,
+        "kv_cache": inputs.kv_cache,
+        "out": torch.zeros_like(inputs.query),
+        "alibi_slopes": torch.ones(4),
+        "sinks": torch.ones(4),
+    }
+    before = inputs.kv_cache.clone()
+    for name in arguments:
+        with pytest.raises(ValueError, match=f"^{name} {message}"):
+            attend(inputs, **{**arguments, name: change(arguments[name])})
+    rows = torch.ones(2, 2, 64)
+    written = {
+        "key": rows,
+        "value": rows,
+        "kv_cache": inputs.kv_cache,
+        "slot_mapping": torch.tensor([33, 34]),
+    }
+    for name in written:
+        with pytest.raises(ValueError, match=f"^{name} {message}"):
+            write_kv(**{**written, name: change(written[name])})
+    tables = {
+        "query_start_loc": inputs.query_start_loc,
+        "seq_lens": inputs.seq_lens,
+        "block_table": inputs.block_table,
+        "first_rows": torch.zeros_like(inputs.seq_lens),
+    }
+    for name in tables:
+        with pytest.raises(ValueError, match=f"^{name} {message}"):
+            AttentionBatch(**{**tables, name: change(tables[name])}, block_size=32)
+    assert torch.equal(inputs.kv_cache, before)
+    assert (arguments["out"] == 0).all()
+
+
+def test_transformed_tensors_are_refused(inputs: Inputs) -> None:
+    def attend_one(query: torch.Tensor) -> torch.Tensor:
+        attend(inputs, query=query)
+        return query
+
+    with pytest.raises(ValueError, match="query is a Tensor without memory of its own"):
+        torch.vmap(attend_one)(inputs.query[None])
+
+
+def test_subclasses_and_parameters_with_memory_are_accepted(inputs: Inputs) -> None:
+    class Named(torch.Tensor):
+        pass
+
+    expected = inputs.run()
+    for query in (inputs.query.as_subclass(Named), torch.nn.Parameter(inputs.query)):
+        out = torch.empty_like(inputs.query)
+        attend(inputs, query=query, out=out, scale=inputs.scale)
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("block", [-1, 5000, 2**31 - 1, -(2**31)])
@@ -102,12 +256,42 @@ def test_lengths_out_of_range(inputs: Inputs) -> None:
         )
         with pytest.raises(ValueError, match=message):
             attend(inputs, batch=batch)
-    for starts, message in [([0, 2, 1], "decreases at sequence 1"), ([1, 2, 3], "allowed: 0")]:
-        batch = AttentionBatch(
-            torch.tensor(starts, dtype=torch.int32), inputs.seq_lens, inputs.block_table, 32
-        )
-        with pytest.raises(ValueError, match=message):
-            attend(inputs, batch=batch)
+    for starts, message in [
+        ([0, 2, 1], "decreases at sequence 1"),
+        ([1, 2, 3], "allowed: 0"),
+        ([0, 1, 2**31 - 1], r"query's rows is 3; allowed: 2147483647 \(the end of query_start_loc"),
+    ]:
+        for causal in (True, False):
+            batch = AttentionBatch(
+                torch.tensor(starts, dtype=torch.int32),
+                torch.tensor([64, 64], dtype=torch.int32),
+                inputs.block_table,
+                32,
+                causal=causal,
+            )
+            if causal and starts[-1] > 64:
+                message_here = "query rows but only 64 KV rows"
+            else:
+                message_here = message
+            with pytest.raises(ValueError, match=message_here):
+                attend(inputs, batch=batch)
+
+
+@pytest.mark.parametrize("length", [MAX_SEQ_LEN + 1, 2**31 - 1])
+def test_sequences_longer_than_the_limit(length: int) -> None:
+    """The block table would hold them: the limit is the kernels', and is told as such."""
+    block_size = 2**26
+    batch = AttentionBatch(
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([length], dtype=torch.int32),
+        torch.zeros(1, 32, dtype=torch.int32),
+        block_size,
+    )
+    query = torch.zeros(1, 1, 32)
+    with pytest.raises(
+        ValueError, match=rf"seq_lens\[0\] is {length}; allowed: 0 to {MAX_SEQ_LEN}"
+    ):
+        paged_attention(query, torch.empty(0, 1, block_size, 64), batch, query.clone(), scale=1.0)
 
 
 def test_batch_tensors(inputs: Inputs) -> None:
@@ -117,9 +301,17 @@ def test_batch_tensors(inputs: Inputs) -> None:
         AttentionBatch(inputs.query_start_loc[:2], inputs.seq_lens, inputs.block_table, 32)
     with pytest.raises(ValueError, match="block_table's shape"):
         AttentionBatch(inputs.query_start_loc, inputs.seq_lens, inputs.block_table[:1], 32)
-    batch = AttentionBatch(inputs.query_start_loc, inputs.seq_lens, inputs.block_table, 7)
-    with pytest.raises(ValueError, match="block_size is 7"):
-        attend(inputs, batch=batch)
+    tables = (inputs.query_start_loc, inputs.seq_lens, inputs.block_table)
+    for block_size in (7, 0, -16, 2**40):
+        with pytest.raises(
+            ValueError, match=rf"^block_size is {block_size}; allowed: multiples of 16"
+        ):
+            AttentionBatch(*tables, block_size)
+    for block_size in (32.0, "32", None):
+        with pytest.raises(TypeError, match=rf"^block_size is {block_size!r}; allowed: multiples"):
+            AttentionBatch(*tables, block_size)
+    with pytest.raises(TypeError, match="^causal is 'yes'; allowed: True or False"):
+        AttentionBatch(*tables, 32, causal="yes")
 
 
 def test_write_rejects_and_writes_nothing(inputs: Inputs) -> None:
@@ -162,3 +354,57 @@ def test_wrong_first_rows(inputs: Inputs, first_rows: list[int], message: str) -
 
     with pytest.raises(ValueError, match=message):
         attend_from(torch.tensor(first_rows, dtype=torch.int32))
+
+
+# Positions in the arguments of the native functions (bmc_core/_native.pyi).
+ATTEND_BLOCK_SIZE, ATTEND_HEAD_SIZE, ATTEND_DTYPE, ATTEND_CACHE_TYPE = 12, 13, 14, 15
+WRITE_BLOCK_SIZE, WRITE_HEAD_SIZE, WRITE_DTYPE, WRITE_CACHE_TYPE = 13, 14, 15, 16
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (1, 2, "the plan is for 3 query rows and blocks of 32, not for 2 and 32"),
+        (ATTEND_BLOCK_SIZE, 64, "the plan is for 3 query rows and blocks of 32, not for 3 and 64"),
+        (ATTEND_HEAD_SIZE, 40, "head size is 40; allowed: 32 to 256 in steps of 16"),
+        (ATTEND_HEAD_SIZE, 512, "head size is 512; allowed: 32 to 256 in steps of 16"),
+        (ATTEND_DTYPE, 3, "dtype code is 3; allowed: 0 to 2"),
+        (ATTEND_CACHE_TYPE, -1, "cache type code is -1; allowed: 0 to 2"),
+    ],
+)
+def test_native_attend_checks_again(inputs: Inputs, place: int, value: int, message: str) -> None:
+    """A wrong call of the native module raises; it leaves nothing unwritten in silence."""
+    out = torch.empty_like(inputs.query)
+    plan = inputs.batch().plan(3, 4, 2, 0)
+    arguments = [plan, 3, inputs.query.data_ptr(), 256, 64, out.data_ptr(), 256, 64]
+    arguments += [inputs.kv_cache.data_ptr(), len(inputs.kv_cache), *inputs.kv_cache.stride()[:2]]
+    arguments += [32, 64, 0, 0, inputs.scale, 1.0, 0.0, 0, 0]
+    native.module().attend(*arguments)
+    assert torch.equal(out, inputs.run())
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        native.module().attend(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (10, -1, "allowed: not negative"),
+        (WRITE_BLOCK_SIZE, 0, "block_size is 0; allowed: multiples of 16"),
+        (WRITE_HEAD_SIZE, 272, "head size is 272; allowed: 32 to 256"),
+        (WRITE_DTYPE, 7, "dtype code is 7; allowed: 0 to 2"),
+        (WRITE_CACHE_TYPE, 3, "cache type code is 3; allowed: 0 to 2"),
+    ],
+)
+def test_native_write_checks_again(inputs: Inputs, place: int, value: int, message: str) -> None:
+    rows = torch.ones(1, 2, 64)
+    slots = torch.tensor([40])
+    arguments = [rows.data_ptr(), 128, 64, rows.data_ptr(), 128, 64, inputs.kv_cache.data_ptr()]
+    arguments += [*inputs.kv_cache.stride()[:2], slots.data_ptr(), 1, len(inputs.kv_cache), 2]
+    arguments += [32, 64, 0, 0, 1.0, 1.0]
+    native.module().write(*arguments)
+    before = inputs.kv_cache.clone()
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        native.module().write(*arguments)
+    assert torch.equal(inputs.kv_cache, before)

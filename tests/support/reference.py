@@ -1,4 +1,4 @@
-"""Float32 einsum reference of paged attention, and random cases for it."""
+"""Double-precision einsum reference of paged attention, and random cases for it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import math
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 
-from bmc_core.attention import AttentionBatch, paged_attention, write_kv
+from bmc_core.attention import (
+    DTYPES,
+    FP8_DTYPES,
+    HEAD_SIZES,
+    AttentionBatch,
+    paged_attention,
+    write_kv,
+)
 
 # Largest error allowed, relative to the largest magnitude of the reference output. bfloat16 and
 # float16 round the output itself by 2^-9 and 2^-12; bfloat16 instructions also round the
@@ -37,6 +45,50 @@ class Case:
     key_scale: float = 1.0
     value_scale: float = 1.0
     first_rows: list[int] | None = None  # left padding
+
+
+R = 128
+EDGE_LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, R - 1, R, R + 1, 300]
+
+
+@st.composite
+def cases(draw, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+    kv_heads = draw(st.integers(1, 3))
+    group = draw(st.sampled_from([1, 2, 3, 4, 7] if kv_heads > 1 else [1, 4, 8, 71, 192]))
+    seq_lens, query_lens = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        seq_len = draw(st.sampled_from(EDGE_LENGTHS) | st.integers(0, 400))
+        # Hundreds of heads are many rows already.
+        lengths = [1, 1, 2, 5, 9, 33, 64, seq_len] if group < 100 else [1, 2, 5]
+        seq_lens.append(seq_len)
+        query_lens.append(min(draw(st.sampled_from(lengths)), seq_len))
+    causal = draw(st.booleans())
+    first_rows = draw(st.none() | st.tuples(*(st.integers(0, n) for n in seq_lens)).map(list))
+    cache_dtype = draw(st.sampled_from([None, None, None, *FP8_DTYPES]))
+    scales = st.just(1.0) if cache_dtype is None else st.sampled_from([0.02, 1.0, 3.5])
+    poison = draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0]))
+    if cache_dtype == torch.float8_e4m3fn and math.isinf(poison):
+        poison = float("nan")  # the format has no infinity
+    return Case(
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        query_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_size=draw(st.sampled_from(HEAD_SIZES)),
+        block_size=draw(st.sampled_from([16, 32, 48, 128])),
+        dtype=draw(st.sampled_from(dtypes)),
+        causal=causal,
+        sliding_window=draw(st.none() | st.integers(1, 400)) if causal else None,
+        alibi=draw(st.booleans()) if causal else False,
+        logits_soft_cap=draw(st.sampled_from([0.0, 0.0, 5.0, 50.0])),
+        sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+        poison=poison,
+        cache_dtype=cache_dtype,
+        key_scale=draw(scales),
+        value_scale=draw(scales),
+        first_rows=first_rows,
+    )
 
 
 class Inputs:
@@ -115,21 +167,22 @@ class Inputs:
         return out
 
     def stored(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
-        """What the cache should hold of `rows`, in float32."""
+        """What the cache should hold of `rows`."""
         if self.case.cache_dtype is None:
-            return rows.float()
-        return quantized(rows, scale, self.case.cache_dtype).float() * scale
+            return rows.double()
+        return quantized(rows, scale, self.case.cache_dtype).double() * scale
 
     def reference(self) -> torch.Tensor:
-        """The same in float32 by einsum over whole score matrices."""
+        """The same by einsum over whole score matrices, in double precision, as float32."""
         case = self.case
         group = case.query_heads // case.kv_heads
         outputs = []
-        for seq, query in enumerate(self.query.float().split(case.query_lens)):
+        for seq, query in enumerate(self.query.double().split(case.query_lens)):
             rows = case.seq_lens[seq]
-            key = self.stored(self.keys[seq], case.key_scale).repeat_interleave(group, dim=1)
-            value = self.stored(self.values[seq], case.value_scale).repeat_interleave(group, dim=1)
-            logits = torch.einsum("qhd,khd->hqk", query, key) * self.scale
+            key = self.stored(self.keys[seq], case.key_scale)
+            value = self.stored(self.values[seq], case.value_scale)
+            grouped = query.unflatten(1, (case.kv_heads, group))
+            logits = torch.einsum("qhgd,khd->hgqk", grouped, key).flatten(0, 1) * self.scale
             if case.logits_soft_cap:
                 logits = case.logits_soft_cap * torch.tanh(logits / case.logits_soft_cap)
             query_pos = torch.arange(rows - query.shape[0], rows)[:, None]
@@ -149,8 +202,9 @@ class Inputs:
                 weights = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
             else:
                 weights = logits.softmax(-1).nan_to_num(0.0)
-            outputs.append(torch.einsum("hqk,khd->qhd", weights, value))
-        return torch.cat(outputs)
+            grouped = weights.unflatten(0, (case.kv_heads, group))
+            outputs.append(torch.einsum("hgqk,khd->qhgd", grouped, value).flatten(1, 2))
+        return torch.cat(outputs).float()
 
 
 def quantized(rows: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
