@@ -22,8 +22,8 @@ from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.machine.memory import DENSE, fits_huge_pages, prefer_huge_pages
 
-REORDER_BYTES = 4 << 20
-"""Reordering goes through a buffer of about this size, small enough to stay in cache."""
+BUFFER_BYTES = 4 << 20
+"""Rows that move in place go through a buffer of about this size, small enough to stay in cache."""
 
 MIN_SPARE_ROWS = 16
 """A sliding store may have at least so many spare rows, however short its window is."""
@@ -137,7 +137,12 @@ class KVStore(ABC):
 
     @abstractmethod
     def _slide(self, dropped: int) -> None:
-        """Moves the valid rows after the first `dropped` to the beginning."""
+        """Moves the valid rows after the first `dropped` to the beginning; no row has moved where
+        it finds no memory."""
+
+    @abstractmethod
+    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
+        """Allocates what `_write` will need for `rows` rows from `first` on."""
 
     @abstractmethod
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -153,7 +158,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def _reorder(self, indices: torch.Tensor) -> None:
-        """Sequence i becomes what `indices[i]` was, in place."""
+        """Sequence i becomes what `indices[i]` was, in place; none has where it finds no memory."""
 
     # What a user calls.
 
@@ -278,13 +283,14 @@ class KVStore(ABC):
             target = rows_to_hold(self.policy, self.capacity, self.length + rows, self.limit)
             self._resize(target, 0, rows)
             return 0
-        needed = self.length - droppable + rows
-        target = self._window_capacity(needed, keep or 0)
-        if target <= self.capacity <= 2 * target:
-            self.counters.copied(
-                self.length - droppable, (self.length - droppable) * self.row_bytes
-            )
+        kept = self.length - droppable
+        target = self._window_capacity(kept + rows, keep or 0)
+        slides = target <= self.capacity <= 2 * target
+        # What writing needs is there before rows are dropped, so that only moving them can fail.
+        self._prepare_write(kept, rows, self.capacity if slides else target)
+        if slides:
             self._slide(droppable)
+            self.counters.copied(kept, kept * self.row_bytes)
         else:
             self._resize(target, droppable, rows)
         self.length -= droppable

@@ -276,9 +276,11 @@ class PackedStore(KVStore):
         return True
 
     def _slide(self, dropped: int) -> None:
-        for part in (0, 1):
-            valid = self._part(part)
-            move_to_front(valid, dropped * self.head_size, valid.shape[2])
+        parts = [self._part(0), self._part(1)]
+        move_to_front(parts, dropped * self.head_size, parts[0].shape[2])
+
+    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
+        self.tables.slots(self.batch_size, capacity, first, rows)  # kept there for `_write`
 
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         kv = self.tensor()

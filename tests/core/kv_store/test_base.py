@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bmc_core.attention import DTYPES
 from bmc_core.kv_store import KVStore
 from bmc_core.policy import BMCPolicy
+from tests.support.allocations import fail_each_allocation
 from tests.support.stores import HEADS, LAYOUTS, SIZE, filled, random_rows
 
 POLICIES = [
@@ -239,6 +240,40 @@ def test_first_rows_must_go_together(store: KVStore) -> None:
     assert store.length == 0
     with pytest.raises(ValueError, match="limit=-1"):
         type(store)(BMCPolicy(), limit=-1)
+
+
+@pytest.mark.parametrize("call", ["slide", "slide far", "reorder"])
+def test_whichever_allocation_fails_no_row_has_moved(store: KVStore, call: str) -> None:
+    """Rows of three heads, of which two fit into the buffer that moves them."""
+    rows = 6144
+    store.policy = BMCPolicy(r=rows + 256)
+    key, value = pair = [torch.randn(2, 3, rows, SIZE) for _ in "kv"]
+    store.append(*pair)
+    store.policy = BMCPolicy(r=128)
+    dropped = {"slide": 256, "slide far": 2048, "reorder": 0}[call]
+    new = [torch.randn(2, 3, 257, SIZE) for _ in "kv"]
+    before = (store.length, store.capacity, store.epoch)
+    counters = copy.copy(store.counters)
+
+    def operation() -> None:
+        if call == "reorder":
+            store.reorder(torch.tensor([1, 0]))
+        else:
+            store.append(*new, keep=rows - dropped)
+
+    def as_before() -> None:
+        assert (store.length, store.capacity, store.epoch) == before
+        assert store.counters == counters
+        assert torch.equal(store.keys(), key)
+        assert torch.equal(store.values(), value)
+
+    failures = fail_each_allocation(operation, as_before)
+    assert failures > 0 or (store.layout, call) == ("rows", "slide far"), "it needs no memory"
+    for held, old, added in zip((store.keys(), store.values()), pair, new, strict=True):
+        expected = old[[1, 0]] if call == "reorder" else torch.cat((old[:, :, dropped:], added), 2)
+        assert torch.equal(held, expected)
+    assert store.counters.copies == counters.copies + 1
+    assert store.counters.growths == counters.growths
 
 
 OUT_OF_MEMORY = """
