@@ -13,6 +13,8 @@ Here is what the layouts share.
 
 from __future__ import annotations
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
@@ -49,10 +51,18 @@ def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None
 def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> torch.Tensor:
     """Uninitialized memory that may be written inside and outside `torch.inference_mode`.
 
-    `dense`: whether most of it will soon be written.
+    `dense`: whether most of it will soon be written. What is not written takes no memory, also
+    under `torch.use_deterministic_algorithms`, where `torch.empty` would fill it.
+
+    Raises:
+        RuntimeError: no memory.
     """
+    num_bytes = math.prod(shape) * like.element_size()
+    if num_bytes > sys.maxsize:
+        raise RuntimeError(f"can't allocate {num_bytes} bytes, a tensor of shape {shape}")
     with torch.inference_mode(False):
-        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        storage = torch.UntypedStorage(num_bytes, device=like.device)
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, shape)
     if dense:
         prefer_huge_pages(tensor)
     return tensor

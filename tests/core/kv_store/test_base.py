@@ -7,6 +7,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bmc_core.attention import DTYPES
-from bmc_core.kv_store import KVStore
+from bmc_core.kv_store import KVStore, PackedStore
+from bmc_core.machine.memory import PAGE
 from bmc_core.policy import BMCPolicy
 from tests.support.allocations import fail_each_allocation
+from tests.support.mappings import resident_bytes
 from tests.support.stores import HEADS, LAYOUTS, SIZE, filled, random_rows
 
 POLICIES = [
@@ -274,6 +277,35 @@ def test_whichever_allocation_fails_no_row_has_moved(store: KVStore, call: str) 
         assert torch.equal(held, expected)
     assert store.counters.copies == counters.copies + 1
     assert store.counters.growths == counters.growths
+
+
+@pytest.fixture(params=[False, True], ids=["any algorithm", "deterministic algorithms"])
+def algorithms(request) -> Iterator[None]:
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked of Linux")
+@pytest.mark.usefixtures("algorithms")
+def test_room_that_was_not_written_takes_no_memory(store: KVStore) -> None:
+    """256 MiB of room, 1 MiB of rows; glibc never hands out so much from what was freed before."""
+    store.policy = BMCPolicy(r=1 << 18)
+    row_bytes = 2 * HEADS * SIZE * 4
+    pair = random_rows(1, (1 << 20) // row_bytes)
+    store.append(*pair)
+    store.append(*random_rows(1, 1))
+    tensors = (store.tensor(),) if isinstance(store, PackedStore) else store._tensors()
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) >= 128 << 20
+    assert 1 << 20 <= sum(map(resident_bytes, tensors)) + 8 * PAGE <= 6 << 20
+    assert torch.equal(store.keys()[:, :, :-1], pair[0])
+
+
+def test_more_rows_than_there_are_addresses_is_no_memory(store: KVStore) -> None:
+    store.policy = BMCPolicy(r=10**30)
+    with pytest.raises(RuntimeError, match="allocate"):
+        store.append(*random_rows(1, 1))
+    assert store.length == store.capacity == 0
 
 
 OUT_OF_MEMORY = """
