@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from bmc_core.costs.geometry import Geometry
 from bmc_core.policy import BMCPolicy
 from bmc_transformers import enable
 from bmc_transformers.auto_policy import policy_for
+from tests.support.alarms import within
 from tests.support.architectures import build, generated, prompt
 
 
@@ -39,3 +44,35 @@ def test_auto_without_a_known_geometry_grows(caplog) -> None:
     arguments = {"batch_size": 1, "prompt_rows": 0, "total_rows": None, "native": True}
     assert policy_for(model, policy, **arguments) is policy
     assert 'policy "auto" grows without calibration' in caplog.text
+
+
+def digits(path: Path) -> None:
+    """An integer that no float can hold, where a number of seconds was."""
+    document = json.loads(path.read_text())
+    document["created"] = document["measured"]["steps"][0][1] = 10**400
+    path.write_text(json.dumps(document))
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [digits, fifo])
+def test_a_damaged_calibration_file_stops_no_generate(
+    damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_known", {})
+    measure = calibration.measure
+    monkeypatch.setattr(calibration, "measure", lambda g, *, seconds: measure(g, seconds=0.2))
+    model = enable(build("llama"), "auto")
+    tokens = generated(model, {"inputs": prompt()}, 4).sequences
+    (path,) = tmp_path.rglob("*.json")
+    damage(path)
+    calibration._known.clear()  # as in a new process
+    with within(120):
+        again = generated(model, {"inputs": prompt()}, 4)
+    assert torch.equal(again.sequences, tokens)
+    assert not again.past_key_values.policy.is_auto
+    assert path.is_file(), "measured again and kept"
