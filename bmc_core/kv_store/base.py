@@ -62,7 +62,7 @@ def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> to
         raise RuntimeError(f"can't allocate {num_bytes} bytes, a tensor of shape {shape}")
     with torch.inference_mode(False):
         storage = torch.UntypedStorage(num_bytes, device=like.device)
-        tensor = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, shape)
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage).view(shape)
     if dense:
         prefer_huge_pages(tensor)
     return tensor
