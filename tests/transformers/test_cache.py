@@ -300,6 +300,7 @@ def test_a_cache_is_reused_over_several_generate_calls() -> None:
         assert torch.equal(again.sequences, first.sequences)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])
 def test_an_interrupt_waits_until_all_layers_have_changed(
     layout: str, change: str, monkeypatch: pytest.MonkeyPatch

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from bmc_core.kv_store import KVStore, PackedStore
+from bmc_core.kv_store import KVStore, PackedStore, uninterrupted
 from bmc_core.policy import BMCPolicy
 from tests.support.stores import filled, random_rows
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("call", ["grow where they are", "grow elsewhere", "slide", "reorder"])
 def test_an_interrupt_waits_until_rows_have_moved(
     store: KVStore, call: str, monkeypatch: pytest.MonkeyPatch
@@ -53,3 +54,29 @@ def test_an_interrupt_waits_until_rows_have_moved(
 def test_other_threads_have_no_interrupts_to_wait_for() -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(filled, PackedStore(BMCPolicy(r=16)), 2, 40).result()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_the_outermost_of_several_blocks_raises() -> None:
+    done = []
+
+    def both() -> None:
+        with uninterrupted():
+            with uninterrupted():
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+
+    with pytest.raises(KeyboardInterrupt):
+        both()
+    assert done == ["inner", "outer"]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """A job in the background: nobody is to be interrupted, and nothing is put in the way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with uninterrupted():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
