@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -169,6 +170,18 @@ class BMCCache(Cache):
         except BaseException:
             self._truncate(layer.get_seq_length())
             raise
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """K, V and window of each layer, as `DynamicCache` gives them: the valid rows
+        `[batch, heads, rows, size]` (None where nothing came yet) and an int64 tensor of the
+        window's rows, None for a layer without. A sliding layer may show more rows than its window.
+        """
+        for layer in self.layers:
+            keys, window = layer.keys, None
+            if isinstance(layer, BMCSlidingLayer):
+                device = None if keys is None else keys.device
+                window = torch.tensor(layer.sliding_window, device=device)
+            yield keys, layer.values, window
 
     def stats(self) -> CacheStats:
         """Growths, copies, bytes and rows so far; `print` shows them as a table."""

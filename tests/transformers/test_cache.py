@@ -207,6 +207,30 @@ def test_the_layout_follows_the_models_attention() -> None:
     assert cache.stats().layouts == {"packed": 1, "rows": 1}
 
 
+@pytest.mark.parametrize("count", [0, 5, 30])
+def test_iteration_is_dynamic_caches(layout: str, count: int) -> None:
+    """A sliding layer may show more rows than stock's: the newest ones are those."""
+    ours, stock = BMCCache(config(layout), 16), DynamicCache(config=config(layout))
+    for layer in range(2 if count else 0):
+        key, value = rows(2, count), rows(2, count)
+        ours.update(key, value, layer)
+        stock.update(key, value, layer)
+    seen = list(zip(ours, stock, strict=True))
+    assert len(seen) == 2
+    for one, other in seen:
+        assert [type(part) for part in one] == [type(part) for part in other]
+        *pair, window = zip(one, other, strict=True)
+        if window[1] is not None:
+            assert (window[0].dtype, window[0].device) == (window[1].dtype, window[1].device)
+            assert torch.equal(*window)
+        for mine, theirs in pair if count else ():
+            shown = theirs.shape[2]
+            assert mine.shape[2] == shown if window[1] is None else mine.shape[2] >= shown
+            assert torch.equal(mine[:, :, mine.shape[2] - shown :], theirs)
+    again = DynamicCache(ddp_cache_data=ours, config=config(layout))
+    assert [layer.is_initialized for layer in again.layers] == [count > 0] * 2
+
+
 def test_rows_that_the_kernel_cannot_hold_stay_plain(caplog) -> None:
     cache = BMCCache(config("packed"), 16)
     odd = torch.randn(1, HEADS, 3, 40)
