@@ -78,7 +78,7 @@ def enable(
     """
     _check_model(model)
     settings = _Enabled(as_policy(policy), _choose_attention(model, attention))
-    if pack_linears not in (True, False):
+    if not isinstance(pack_linears, bool):
         raise TypeError(f"pack_linears={pack_linears!r}: allowed are True and False")
     before = vars(model).get(_STATE)
     if before is None:
@@ -103,7 +103,11 @@ def disable(model: Model) -> Model:
     """Undoes `enable`: methods, attention implementation and weights are as they were before.
 
     A model that is not enabled stays as it is. Returns the model.
+
+    Raises:
+        TypeError: not a model at all.
     """
+    _check_module(model)
     settings = vars(model).pop(_STATE, None)
     if settings is None:
         return model
@@ -118,8 +122,20 @@ def disable(model: Model) -> Model:
 
 
 def is_enabled(model: torch.nn.Module) -> bool:
-    """Whether `enable` was called for this model object."""
+    """Whether `enable` was called for this model object.
+
+    Raises:
+        TypeError: not a model at all.
+    """
+    _check_module(model)
     return _STATE in vars(model)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model={model!r} is a {type(model).__name__}; allowed: the model that enable was given"
+        )
 
 
 def _check_model(model: Any) -> None:

@@ -289,6 +289,7 @@ def qwen3_next():
         (lambda: build("llama"), {"policy": None}, TypeError, "policy=None: allowed are"),
         (lambda: build("llama"), {"attention": "sdpa"}, ValueError, "attention='sdpa': allowed"),
         (lambda: build("llama"), {"pack_linears": "yes"}, TypeError, "pack_linears='yes'"),
+        (lambda: build("llama"), {"pack_linears": 1}, TypeError, "pack_linears=1: allowed are"),
         (lambda: build("gptj"), {"attention": "bmc"}, ValueError, "has no attention interface"),
         (
             lambda: T5ForConditionalGeneration(
@@ -314,6 +315,15 @@ def test_bad_settings_are_named_and_change_nothing(make, settings, error, messag
     with pytest.raises(error, match=message):
         enable(model, **{"policy": 16} | settings)
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("call", [disable, is_enabled])
+@pytest.mark.parametrize("wrong", [None, "llama", torch.nn.Linear])
+def test_what_is_no_model_is_named(call, wrong) -> None:
+    with pytest.raises(TypeError, match=r"model=.* is a .*; allowed: the model that enable"):
+        call(wrong)
+    linear = torch.nn.Linear(2, 2)
+    assert disable(linear) is linear
 
 
 def test_an_assistant_by_position_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
