@@ -19,12 +19,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from bmc_core.kv_store import GrowthPolicy
 from bmc_core.log import log_once
+from bmc_core.policy import BMCPolicy, GrowthPolicy
 from bmc_transformers import attention as bmc_attention
 from bmc_transformers import linears
 from bmc_transformers.auto_policy import policy_for
-from bmc_transformers.cache import BMCCache, PolicyLike, as_policy, unsupported_layer_types
+from bmc_transformers.cache import BMCCache, PolicyLike, unsupported_layer_types
 
 logger = logging.getLogger("bmc_transformers")
 
@@ -77,7 +77,7 @@ def enable(
             cannot have. The model is as before.
     """
     _check_model(model)
-    settings = _Enabled(as_policy(policy), _choose_attention(model, attention))
+    settings = _Enabled(BMCPolicy.parse(policy), _choose_attention(model, attention))
     if not isinstance(pack_linears, bool):
         raise TypeError(f"pack_linears={pack_linears!r}: allowed are True and False")
     before = vars(model).get(_STATE)

@@ -16,25 +16,20 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.machine.memory import DENSE, fits_huge_pages, prefer_huge_pages
+from bmc_core.policy import GrowthPolicy
 
 BUFFER_BYTES = 4 << 20
 """Rows that move in place go through a buffer of about this size, small enough to stay in cache."""
 
 MIN_SPARE_ROWS = 16
 """A sliding store may have at least so many spare rows, however short its window is."""
-
-
-class GrowthPolicy(Protocol):
-    """What a store asks of a policy; `bmc_core.policy.BMCPolicy` is one."""
-
-    def rows_to_hold(self, held: int, needed: int, limit: int | None = None) -> int: ...
 
 
 def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None) -> int:

@@ -27,11 +27,12 @@ from bmc_core.attention import (
     paged_attention,
     write_kv,
 )
-from bmc_core.kv_store.base import GrowthPolicy, KVStore, new_tensor
+from bmc_core.kv_store.base import KVStore, new_tensor
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.rows import move_to_front, reorder_in_place
 from bmc_core.kv_store.tables import StepTables
 from bmc_core.machine.memory import PIECE, discard
+from bmc_core.policy import GrowthPolicy
 
 WORTH_OTHER_PAGES = 16 << 20
 """Bytes from which rows move elsewhere to be on huge pages, or to be on small ones."""

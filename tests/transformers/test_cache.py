@@ -367,7 +367,7 @@ def test_a_shared_prefix_is_copied_and_continued() -> None:
     ("make", "error", "message"),
     [
         (lambda: BMCCache(config(), "best"), ValueError, "policy='best': allowed are"),
-        (lambda: BMCCache(config(), 0), ValueError, "r=0"),
+        (lambda: BMCCache(config(), 0), ValueError, "policy=0: allowed are"),
         (lambda: BMCCache(config(), 1.5), TypeError, "policy=1.5"),
         (lambda: BMCCache(config(), 8, max_length=0), ValueError, "max_length=0"),
         (lambda: BMCCache(T5Config()), ValueError, "T5Config: encoder-decoder .* allowed"),

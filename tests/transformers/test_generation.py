@@ -285,7 +285,7 @@ def qwen3_next():
     ("make", "settings", "error", "message"),
     [
         (lambda: build("llama"), {"policy": "fast"}, ValueError, "policy='fast': allowed are"),
-        (lambda: build("llama"), {"policy": 0}, ValueError, "r=0"),
+        (lambda: build("llama"), {"policy": 0}, ValueError, "policy=0: allowed are"),
         (lambda: build("llama"), {"policy": None}, TypeError, "policy=None: allowed are"),
         (lambda: build("llama"), {"attention": "sdpa"}, ValueError, "attention='sdpa': allowed"),
         (lambda: build("llama"), {"pack_linears": "yes"}, TypeError, "pack_linears='yes'"),
