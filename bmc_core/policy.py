@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from typing import Protocol
 
 DEFAULT_R = 128
 """Rows per growth where the caller names none."""
@@ -23,6 +24,12 @@ DEFAULT_C = 4.0
 
 MINIMUM_GROWTH = 16
 """Fewest rows that a growing policy adds where the caller names none: the native kernel's tile."""
+
+
+class GrowthPolicy(Protocol):
+    """What a store asks of a policy; `BMCPolicy` is one."""
+
+    def rows_to_hold(self, held: int, needed: int, limit: int | None = None) -> int: ...
 
 
 class _Kind(Enum):
@@ -76,6 +83,49 @@ class BMCPolicy:
         else:
             self._kind = _Kind.CONSTANT
             self._r = _positive("r", DEFAULT_R if r is None else r, "rows per growth")
+
+    @classmethod
+    def parse(
+        cls,
+        value: object,
+        *,
+        name: str = "policy",
+        T: int | None = None,  # noqa: N803
+        unset: GrowthPolicy | None = None,
+    ) -> GrowthPolicy:
+        """The policy that a user's setting means.
+
+        Every framework's settings come through here, so that all of them take the same values.
+
+        Args:
+            value: a policy (anything with `rows_to_hold`, returned as it is), an int r, "auto", or
+                None: not given.
+            name: of the setting, for errors.
+            T: the value of the setting T beside it; None: not given, or there is no such setting.
+            unset: the policy where nothing is given; None: something must be.
+
+        Raises:
+            TypeError: a value of another type, or no value where there must be one.
+            ValueError: an int that is not positive, another string than "auto", or both are given.
+        """
+        if T is not None:
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} and T={T!r} are both given; allowed: one of them"
+                )
+            return cls(T=T)
+        if value is None and unset is not None:
+            return unset
+        if isinstance(value, str) and value == "auto":
+            return cls("auto")
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, int) and is_number and value > 0:
+            return cls(r=value)
+        rows_to_hold = None if isinstance(value, type) else getattr(value, "rows_to_hold", None)
+        if callable(rows_to_hold):
+            return value  # type: ignore[return-value]
+        kind = ValueError if is_number or isinstance(value, str) else TypeError
+        raise kind(f'{name}={value!r}: allowed are a BMCPolicy, an int r > 0 or "auto"')
 
     @classmethod
     def per_token(cls) -> BMCPolicy:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import Field, model_validator
 
-from bmc_core.policy import BMCPolicy
+from bmc_core.policy import BMCPolicy, GrowthPolicy
 
 Rows = Annotated[int, Field(strict=True, ge=1)]
 
@@ -53,14 +53,13 @@ class BMCPolicyConfig(DeepSpeedConfigModel):
 
     @model_validator(mode="after")
     def _one_of_r_and_t(self) -> BMCPolicyConfig:
-        if self.r is not None and self.T is not None:
-            raise ValueError(f"r={self.r!r} and T={self.T} are both given; allowed: one of them")
+        self.policy()
         return self
 
-    def policy(self) -> BMCPolicy | Literal["auto"]:
-        """The growth policy, as ``bmc_transformers.enable`` takes it."""
-        if self.T is not None:
-            return BMCPolicy(T=self.T)
-        if self.r is None or self.r == "auto":
-            return "auto"
-        return BMCPolicy(r=self.r)
+    def policy(self) -> GrowthPolicy:
+        """The growth policy.
+
+        Raises:
+            ValueError: ``r`` and ``T`` are both given.
+        """
+        return BMCPolicy.parse(self.r, name="r", T=self.T, unset=BMCPolicy("auto"))

@@ -6,8 +6,8 @@ import logging
 
 from transformers import PreTrainedModel
 
-from bmc_core.kv_store import GrowthPolicy
 from bmc_core.log import log_once
+from bmc_core.policy import GrowthPolicy
 
 logger = logging.getLogger("bmc_transformers")
 

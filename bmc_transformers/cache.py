@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from bmc_core.kv_store import (
-    GrowthPolicy,
     KVCounters,
     KVStore,
     PackedStore,
@@ -27,7 +27,7 @@ from bmc_core.kv_store import (
     why_not_packed,
 )
 from bmc_core.log import log_once
-from bmc_core.policy import BMCPolicy
+from bmc_core.policy import BMCPolicy, GrowthPolicy
 from bmc_transformers import attention
 from bmc_transformers.layers import BMCLayer, BMCSlidingLayer, length_after_crop, repeated
 from bmc_transformers.stats import CacheStats, cache_stats
@@ -37,23 +37,6 @@ logger = logging.getLogger("bmc_transformers")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 PolicyLike = GrowthPolicy | int | str
-
-
-def as_policy(policy: PolicyLike) -> GrowthPolicy:
-    """A policy from what a user may give: a policy, r, or "auto".
-
-    Raises:
-        TypeError, ValueError: anything else.
-    """
-    if isinstance(policy, str):
-        if policy != "auto":
-            raise ValueError(f'policy={policy!r}: allowed are a BMCPolicy, an int r > 0 or "auto"')
-        return BMCPolicy("auto")
-    if isinstance(policy, int) and not isinstance(policy, bool):
-        return BMCPolicy(r=policy)
-    if not callable(getattr(policy, "rows_to_hold", None)):
-        raise TypeError(f'policy={policy!r}: allowed are a BMCPolicy, an int r > 0 or "auto"')
-    return policy  # type: ignore[return-value]
 
 
 def unsupported_layer_types(config: PreTrainedConfig) -> list[str]:
@@ -135,12 +118,12 @@ class BMCCache(Cache):
                 f"allowed: {', '.join(LAYER_TYPES)}"
             )
         text_config = config.get_text_config(decoder=True)
-        policy = as_policy(policy)
-        if max_length is None and getattr(policy, "needs_limit", False):
+        chosen = BMCPolicy.parse(policy)
+        if max_length is None and getattr(chosen, "needs_limit", False):
             max_length = getattr(text_config, "max_position_embeddings", None)
             if max_length is None:
-                raise ValueError(f"max_length=None: policy {policy} needs a positive int")
-        self._stores = _Stores(text_config, policy, max_length)
+                raise ValueError(f"max_length=None: policy {chosen} needs a positive int")
+        self._stores = _Stores(text_config, chosen, max_length)
         super().__init__(layers=_layers(text_config, self._stores))  # type: ignore[arg-type]
 
     @property
@@ -169,6 +152,18 @@ class BMCCache(Cache):
         except BaseException:
             self._truncate(layer.get_seq_length())
             raise
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """K, V and window of each layer, as `DynamicCache` gives them: the valid rows
+        `[batch, heads, rows, size]` (None where nothing came yet) and an int64 tensor of the
+        window's rows, None for a layer without. A sliding layer may show more rows than its window.
+        """
+        for layer in self.layers:
+            keys, window = layer.keys, None
+            if isinstance(layer, BMCSlidingLayer):
+                device = None if keys is None else keys.device
+                window = torch.tensor(layer.sliding_window, device=device)
+            yield keys, layer.values, window
 
     def stats(self) -> CacheStats:
         """Growths, copies, bytes and rows so far; `print` shows them as a table."""

@@ -19,12 +19,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from bmc_core.kv_store import GrowthPolicy
 from bmc_core.log import log_once
+from bmc_core.policy import BMCPolicy, GrowthPolicy
 from bmc_transformers import attention as bmc_attention
 from bmc_transformers import linears
 from bmc_transformers.auto_policy import policy_for
-from bmc_transformers.cache import BMCCache, PolicyLike, as_policy, unsupported_layer_types
+from bmc_transformers.cache import BMCCache, PolicyLike, unsupported_layer_types
 
 logger = logging.getLogger("bmc_transformers")
 
@@ -77,8 +77,8 @@ def enable(
             cannot have. The model is as before.
     """
     _check_model(model)
-    settings = _Enabled(as_policy(policy), _choose_attention(model, attention))
-    if pack_linears not in (True, False):
+    settings = _Enabled(BMCPolicy.parse(policy), _choose_attention(model, attention))
+    if not isinstance(pack_linears, bool):
         raise TypeError(f"pack_linears={pack_linears!r}: allowed are True and False")
     before = vars(model).get(_STATE)
     if before is None:
@@ -103,7 +103,11 @@ def disable(model: Model) -> Model:
     """Undoes `enable`: methods, attention implementation and weights are as they were before.
 
     A model that is not enabled stays as it is. Returns the model.
+
+    Raises:
+        TypeError: not a model at all.
     """
+    _check_module(model)
     settings = vars(model).pop(_STATE, None)
     if settings is None:
         return model
@@ -118,8 +122,20 @@ def disable(model: Model) -> Model:
 
 
 def is_enabled(model: torch.nn.Module) -> bool:
-    """Whether `enable` was called for this model object."""
+    """Whether `enable` was called for this model object.
+
+    Raises:
+        TypeError: not a model at all.
+    """
+    _check_module(model)
     return _STATE in vars(model)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model={model!r} is a {type(model).__name__}; allowed: the model that enable was given"
+        )
 
 
 def _check_model(model: Any) -> None:

@@ -1,5 +1,8 @@
 """What every test begins with, and which tests start an engine or a server."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 
 from bmc_core import log
@@ -22,3 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _log_lines_are_new() -> None:
     """Each test sees the log lines that a process logs only once."""
     log.forget()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the run ignores it (nohup, a job of a script)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if before is not None:
+        signal.signal(signal.SIGINT, before)

@@ -166,13 +166,15 @@ def calibrate(
         raise ValueError(f"threads={threads}: expected an int >= 1")
     threads = threads or torch.get_num_threads()
     key = key_of(geometry, threads)
-    name = str(files.path_of(key))
+    name = files.digest(key)
     if not refresh and name in _known:
         return _known[name]
     measured, reason = (None, "a new measurement was asked for") if refresh else files.load(key)
-    path: Path | None = files.path_of(key)
+    path: Path | None = None
     fresh = measured is None
-    if measured is None:
+    if measured is not None:
+        path = files.path_of(key)
+    else:
         logger.warning(
             "bmc_core: measuring this machine, once, about %.0f seconds: %s", 1.4 * seconds, reason
         )
@@ -187,9 +189,8 @@ def calibrate(
                 "python -m bmc_core calibrate --refresh",
             )
         try:
-            files.save(key, measured)
+            path = files.save(key, measured)
         except OSError as error:
-            path = None
             logger.warning("bmc_core: the measured costs are not kept: %s", error)
     found = Calibration(geometry, threads, measured, path, fresh)
     _known[name] = found._replace(fresh=False)

@@ -1,6 +1,6 @@
 """The chunked KV store, in two layouts: plain rows, and packed for the native attention kernel."""
 
-from bmc_core.kv_store.base import GrowthPolicy, KVStore
+from bmc_core.kv_store.base import KVStore
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.kv_store.packed import PackedStore, why_not_packed
@@ -8,7 +8,6 @@ from bmc_core.kv_store.rows import RowsStore
 from bmc_core.kv_store.tables import StepTables
 
 __all__ = [
-    "GrowthPolicy",
     "KVCounters",
     "KVStore",
     "PackedStore",

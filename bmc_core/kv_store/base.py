@@ -13,26 +13,23 @@ Here is what the layouts share.
 
 from __future__ import annotations
 
+import math
+import sys
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.machine.memory import DENSE, fits_huge_pages, prefer_huge_pages
+from bmc_core.policy import GrowthPolicy
 
-REORDER_BYTES = 4 << 20
-"""Reordering goes through a buffer of about this size, small enough to stay in cache."""
+BUFFER_BYTES = 4 << 20
+"""Rows that move in place go through a buffer of about this size, small enough to stay in cache."""
 
 MIN_SPARE_ROWS = 16
 """A sliding store may have at least so many spare rows, however short its window is."""
-
-
-class GrowthPolicy(Protocol):
-    """What a store asks of a policy; `bmc_core.policy.BMCPolicy` is one."""
-
-    def rows_to_hold(self, held: int, needed: int, limit: int | None = None) -> int: ...
 
 
 def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None) -> int:
@@ -49,10 +46,18 @@ def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None
 def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> torch.Tensor:
     """Uninitialized memory that may be written inside and outside `torch.inference_mode`.
 
-    `dense`: whether most of it will soon be written.
+    `dense`: whether most of it will soon be written. What is not written takes no memory, also
+    under `torch.use_deterministic_algorithms`, where `torch.empty` would fill it.
+
+    Raises:
+        RuntimeError: no memory.
     """
+    num_bytes = math.prod(shape) * like.element_size()
+    if num_bytes > sys.maxsize:
+        raise RuntimeError(f"can't allocate {num_bytes} bytes, a tensor of shape {shape}")
     with torch.inference_mode(False):
-        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        storage = torch.UntypedStorage(num_bytes, device=like.device)
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage).view(shape)
     if dense:
         prefer_huge_pages(tensor)
     return tensor
@@ -137,7 +142,12 @@ class KVStore(ABC):
 
     @abstractmethod
     def _slide(self, dropped: int) -> None:
-        """Moves the valid rows after the first `dropped` to the beginning."""
+        """Moves the valid rows after the first `dropped` to the beginning; no row has moved where
+        it finds no memory."""
+
+    @abstractmethod
+    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
+        """Allocates what `_write` will need for `rows` rows from `first` on."""
 
     @abstractmethod
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -153,7 +163,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def _reorder(self, indices: torch.Tensor) -> None:
-        """Sequence i becomes what `indices[i]` was, in place."""
+        """Sequence i becomes what `indices[i]` was, in place; none has where it finds no memory."""
 
     # What a user calls.
 
@@ -278,13 +288,14 @@ class KVStore(ABC):
             target = rows_to_hold(self.policy, self.capacity, self.length + rows, self.limit)
             self._resize(target, 0, rows)
             return 0
-        needed = self.length - droppable + rows
-        target = self._window_capacity(needed, keep or 0)
-        if target <= self.capacity <= 2 * target:
-            self.counters.copied(
-                self.length - droppable, (self.length - droppable) * self.row_bytes
-            )
+        kept = self.length - droppable
+        target = self._window_capacity(kept + rows, keep or 0)
+        slides = target <= self.capacity <= 2 * target
+        # What writing needs is there before rows are dropped, so that only moving them can fail.
+        self._prepare_write(kept, rows, self.capacity if slides else target)
+        if slides:
             self._slide(droppable)
+            self.counters.copied(kept, kept * self.row_bytes)
         else:
             self._resize(target, droppable, rows)
         self.length -= droppable

@@ -27,11 +27,12 @@ from bmc_core.attention import (
     paged_attention,
     write_kv,
 )
-from bmc_core.kv_store.base import GrowthPolicy, KVStore, new_tensor
+from bmc_core.kv_store.base import KVStore, new_tensor
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.rows import move_to_front, reorder_in_place
 from bmc_core.kv_store.tables import StepTables
 from bmc_core.machine.memory import PIECE, discard
+from bmc_core.policy import GrowthPolicy
 
 WORTH_OTHER_PAGES = 16 << 20
 """Bytes from which rows move elsewhere to be on huge pages, or to be on small ones."""
@@ -276,9 +277,11 @@ class PackedStore(KVStore):
         return True
 
     def _slide(self, dropped: int) -> None:
-        for part in (0, 1):
-            valid = self._part(part)
-            move_to_front(valid, dropped * self.head_size, valid.shape[2])
+        parts = [self._part(0), self._part(1)]
+        move_to_front(parts, dropped * self.head_size, parts[0].shape[2])
+
+    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
+        self.tables.slots(self.batch_size, capacity, first, rows)  # kept there for `_write`
 
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         kv = self.tensor()

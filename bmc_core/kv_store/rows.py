@@ -6,9 +6,12 @@ sees no spare row. A view is good until the store changes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 
-from bmc_core.kv_store.base import REORDER_BYTES, KVStore, new_tensor
+from bmc_core.kv_store.base import BUFFER_BYTES, KVStore, new_tensor
 
 
 class RowsStore(KVStore):
@@ -98,8 +101,10 @@ class RowsStore(KVStore):
         return resized
 
     def _slide(self, dropped: int) -> None:
-        for tensor in self._tensors():
-            move_to_front(tensor, dropped, self.length)
+        move_to_front(self._tensors(), dropped, self.length)
+
+    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
+        """Nothing: rows are copied straight to their places."""
 
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         for tensor, rows in zip(self._tensors(), (key, value), strict=True):
@@ -138,35 +143,42 @@ def gathered(tensor: torch.Tensor, indices: torch.Tensor, rows: int, dense: bool
     return result
 
 
-def move_to_front(tensor: torch.Tensor, first: int, end: int) -> None:
-    """Elements [first, end) of dimension 2 move to its beginning."""
+def move_to_front(parts: Sequence[torch.Tensor], first: int, end: int) -> None:
+    """Elements [first, end) of dimension 2 of each part move to its beginning."""
     kept = end - first
-    if kept > 8 * first:  # many tiny pieces: one copy through a second tensor is faster
-        tensor.narrow(2, 0, kept).copy_(tensor.narrow(2, first, kept).clone())
+    if kept <= 8 * first:  # a few pieces, of which none overlaps where it goes
+        for part in parts:
+            for begin in range(0, kept, first):
+                count = min(first, kept - begin)
+                part.narrow(2, begin, count).copy_(part.narrow(2, begin + first, count))
         return
-    for begin in range(0, kept, first):  # no piece overlaps where it goes
-        count = min(first, kept - begin)
-        tensor.narrow(2, begin, count).copy_(tensor.narrow(2, begin + first, count))
+    for piece, copy in _beside_copies([part.narrow(2, 0, end) for part in parts], kept):
+        copy.copy_(piece.narrow(2, first, kept))
+        piece.narrow(2, 0, kept).copy_(copy)
 
 
-def reorder_in_place(parts: list[torch.Tensor], indices: torch.Tensor) -> None:
-    """Along dimension 0 of each part, entry i becomes what `indices[i]` was.
-
-    Goes head by head (dimension 1) through one small buffer that is allocated before anything is
-    changed.
-    """
+def reorder_in_place(parts: Sequence[torch.Tensor], indices: torch.Tensor) -> None:
+    """Along dimension 0 of each part, entry i becomes what `indices[i]` was."""
     indices = indices.to(parts[0].device)
-    per_head = max(part[:, 0].nbytes for part in parts)
-    heads = max(1, min(parts[0].shape[1], REORDER_BYTES // max(1, per_head)))
-    buffers = [
-        torch.empty_like(part[:, :heads], memory_format=torch.contiguous_format) for part in parts
-    ]
-    for part, buffer in zip(parts, buffers, strict=True):
+    for piece, copy in _beside_copies(parts, parts[0].shape[2]):
+        torch.index_select(piece, 0, indices, out=copy)
+        piece.copy_(copy)
+
+
+def _beside_copies(
+    parts: Sequence[torch.Tensor], count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A few heads (dimension 1) of a part at a time, and contiguous memory for `count` of their
+    elements along dimension 2.
+
+    It is always the same memory, taken before the first piece is handed out: who changes the pieces
+    changes all of them, or finds no memory and changes none.
+    """
+    sizes = [math.prod((part.shape[0], count, *part.shape[3:])) for part in parts]
+    heads = max(1, min(parts[0].shape[1], BUFFER_BYTES // max(1, max(sizes) * parts[0].itemsize)))
+    buffer = parts[0].new_empty(heads * max(sizes))
+    for part, size in zip(parts, sizes, strict=True):
         for begin in range(0, part.shape[1], heads):
-            source = part[:, begin : begin + heads]
-            copy = buffer[:, : source.shape[1]]
-            if copy.is_contiguous():
-                torch.index_select(source, 0, indices, out=copy)
-            else:
-                copy.copy_(source.index_select(0, indices))
-            source.copy_(copy)
+            piece = part[:, begin : begin + heads]
+            batch, taken, _, *rest = piece.shape
+            yield piece, buffer[: taken * size].view(batch, taken, count, *rest)

@@ -2,8 +2,10 @@
 
 import math
 import pickle
+import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,6 +130,47 @@ def test_default_and_attributes() -> None:
         _ = BMCPolicy(r=3).T
 
 
+class Doubling:
+    """A policy of the user's own."""
+
+    def rows_to_hold(self, held: int, needed: int, limit: int | None = None) -> int:
+        return max(needed, 2 * held)
+
+
+def test_parse_takes_what_a_user_may_give() -> None:
+    assert BMCPolicy.parse(7) == BMCPolicy(r=7)
+    assert BMCPolicy.parse("auto") == BMCPolicy("auto")
+    assert BMCPolicy.parse(None, T=3) == BMCPolicy(T=3)
+    for policy in (BMCPolicy(T=3), Doubling()):
+        assert BMCPolicy.parse(policy) is policy
+        assert BMCPolicy.parse(None, unset=policy) is policy
+        assert BMCPolicy.parse(7, unset=policy) == BMCPolicy(r=7)
+        assert BMCPolicy.parse(None, T=9, unset=policy) == BMCPolicy(T=9)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (-(10**30), ValueError),
+        ("fast", ValueError),
+        ("7", ValueError),
+        ("", ValueError),
+        (True, TypeError),
+        (7.0, TypeError),
+        (None, TypeError),
+        (BMCPolicy, TypeError),  # the class, not one of its policies
+        ([16], TypeError),
+        (torch.zeros(2), TypeError),
+    ],
+    ids=repr,
+)
+def test_parse_names_setting_value_and_what_is_allowed(value: object, error: type) -> None:
+    allowed = 'allowed are a BMCPolicy, an int r > 0 or "auto"'
+    with pytest.raises(error, match=re.escape(f"settings['r']={value!r}: {allowed}")):
+        BMCPolicy.parse(value, name="settings['r']")
+
+
 @given(POLICIES)
 def test_equal_to_its_copies(policy: BMCPolicy) -> None:
     twin = pickle.loads(pickle.dumps(policy))
@@ -170,6 +213,9 @@ def test_wrong_row_counts_are_refused() -> None:
         (lambda: BMCPolicy(r=2, T=3), ValueError, "r=2 and T=3: expected one"),
         (lambda: BMCPolicy("auto", T=3), ValueError, 'r="auto" and T=3'),
         (lambda: BMCPolicy("many"), ValueError, "r='many': expected .*\"auto\""),
+        (lambda: BMCPolicy.parse(8, name="r", T=3), ValueError, "r=8 and T=3 .*; allowed: one of"),
+        (lambda: BMCPolicy.parse("auto", T=3), ValueError, "policy='auto' and T=3 are both"),
+        (lambda: BMCPolicy.parse(None, T=0), ValueError, "T=0: expected a positive int"),
         (lambda: BMCPolicy.growing(c=0), ValueError, "c=0: expected a positive number"),
         (lambda: BMCPolicy.growing(c=float("nan")), ValueError, "c=nan"),
         (lambda: BMCPolicy.growing(c="4"), TypeError, "c='4'"),

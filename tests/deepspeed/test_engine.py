@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from deepspeed import init_inference
-from deepspeed.module_inject import DSPolicy, LinearAllreduce, LinearLayer
+from deepspeed.module_inject import LinearAllreduce, LinearLayer
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import bmc_transformers
-from bmc_deepspeed import BMCInjectionPolicy, BMCPolicyConfig
 from tests.support import tiny_decoders
 
 BMC: dict[str, Any] = {"kv_policy": "bmc", "kv_policy_config": {"r": 16}}
@@ -202,22 +201,6 @@ def test_models_that_have_no_kv_cache_are_refused_untouched() -> None:
     config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=32)
     with pytest.raises(ValueError, match="class T5ForConditionalGeneration: allowed"):
         init_inference(T5ForConditionalGeneration(config), dtype=torch.float32, **BMC)
-
-
-def test_injection_policy_has_deepspeeds_form() -> None:
-    model = tiny_decoders.make("llama-gqa")
-    policy = BMCInjectionPolicy(BMCPolicyConfig(r=16))
-    assert isinstance(policy, DSPolicy)
-    assert policy.match(model)
-    assert not policy.match(model.model)
-    assert not policy.match_replaced(model)
-    policy.prepare(model)
-    assert policy.apply(model) is model
-    assert policy.match_replaced(model)
-    assert policy.attention(model) is None
-    assert bmc_transformers.is_enabled(model)
-    bmc_transformers.disable(model)
-    assert not policy.match_replaced(model)
 
 
 def test_a_second_engine_over_the_same_model_changes_the_settings() -> None:

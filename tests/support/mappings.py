@@ -1,5 +1,7 @@
-"""What Linux says of the mapping that a tensor lies in."""
+"""What Linux says of the memory that a tensor lies in."""
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import torch
@@ -17,3 +19,15 @@ def wants_huge_pages(tensor: torch.Tensor) -> bool:
         elif inside and first == "VmFlags:":
             return "hg" in line.split()
     raise AssertionError("the tensor is in no mapping")
+
+
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the whole pages under the tensor's storage that are in memory (mincore)."""
+    storage = tensor.untyped_storage()
+    begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (storage.data_ptr() + storage.nbytes() - begin) // mmap.PAGESIZE
+    resident = (ctypes.c_ubyte * pages)()
+    address, length = ctypes.c_void_p(begin), ctypes.c_size_t(pages * mmap.PAGESIZE)
+    failed = ctypes.CDLL(None, use_errno=True).mincore(address, length, resident)
+    assert not failed, f"mincore: errno {ctypes.get_errno()}"
+    return sum(page & 1 for page in resident) * mmap.PAGESIZE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -17,35 +16,14 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from transformers import DynamicCache, Gemma2Config, Qwen3NextConfig, T5Config
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import DynamicCache, Qwen3NextConfig, T5Config
 
 from bmc_core.policy import BMCPolicy
-from bmc_transformers import BMCCache, enable, register_attention
+from bmc_transformers import BMCCache, enable
 from bmc_transformers.layers import BMCSlidingLayer
 from bmc_transformers.lazy import PackedRows
 from tests.support.architectures import build, generated, prompt
-
-HEADS, SIZE, WINDOW = 2, 32, 9
-
-
-def config(layout: str = "packed", window: int = WINDOW) -> Gemma2Config:
-    """A layer with a window, then one without."""
-    register_attention()
-    made = Gemma2Config(
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=SIZE,
-        sliding_window=window,
-        max_position_embeddings=256,
-    )
-    made._attn_implementation = "bmc" if layout == "packed" else "sdpa"
-    return made
-
-
-def rows(batch: int, count: int) -> torch.Tensor:
-    return torch.randn(batch, HEADS, count, SIZE)
+from tests.support.caches import HEADS, SIZE, WINDOW, config, contents, filled, rows
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -169,22 +147,6 @@ TestRows = RowsMachine.TestCase
 TestPacked = PackedMachine.TestCase
 
 
-@pytest.fixture(params=["rows", "packed"])
-def layout(request) -> str:
-    return request.param
-
-
-def filled(layout: str, count: int = 30, batch: int = 2, r: int = 16, window: int = WINDOW):
-    cache = BMCCache(config(layout, window), r)
-    for layer in range(2):
-        cache.update(rows(batch, count), rows(batch, count), layer)
-    return cache
-
-
-def contents(cache: BMCCache) -> list[torch.Tensor]:
-    return [t.clone() for layer in cache.layers for t in (layer.keys, layer.values)]
-
-
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_step_without_memory_is_undone_in_all_layers(layout: str, layer: int) -> None:
     cache = filled(layout, 32, window=100)
@@ -224,25 +186,6 @@ def test_a_batch_that_finds_no_memory_changes_no_layer(layout: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_window_that_is_gone_cannot_be_cropped_into(layout: str) -> None:
-    cache = BMCCache(config(layout, 4), 1)
-    for _ in range(80):
-        for layer in range(2):
-            cache.update(rows(1, 1), rows(1, 1), layer)
-    with pytest.raises(RuntimeError, match="crop to 10 tokens: the window of 4 rows"):
-        cache.crop(-70)
-    assert [cache.get_seq_length(layer) for layer in range(2)] == [80, 80]
-    assert cache.layers[0].store.capacity <= 32
-
-
-def test_the_older_meaning_of_crop(layout: str) -> None:
-    cache = filled(layout, 8)
-    cache.crop(5)
-    assert cache.get_seq_length() == 5
-    cache.crop(7)
-    assert cache.get_seq_length() == 5
-
-
 def test_reset_keeps_the_memory(layout: str) -> None:
     cache = filled(layout, 30)
     reserved = cache.stats().bytes_reserved
@@ -264,6 +207,30 @@ def test_the_layout_follows_the_models_attention() -> None:
     assert cache.stats().layouts == {"packed": 1, "rows": 1}
 
 
+@pytest.mark.parametrize("count", [0, 5, 30])
+def test_iteration_is_dynamic_caches(layout: str, count: int) -> None:
+    """A sliding layer may show more rows than stock's: the newest ones are those."""
+    ours, stock = BMCCache(config(layout), 16), DynamicCache(config=config(layout))
+    for layer in range(2 if count else 0):
+        key, value = rows(2, count), rows(2, count)
+        ours.update(key, value, layer)
+        stock.update(key, value, layer)
+    seen = list(zip(ours, stock, strict=True))
+    assert len(seen) == 2
+    for one, other in seen:
+        assert [type(part) for part in one] == [type(part) for part in other]
+        *pair, window = zip(one, other, strict=True)
+        if window[1] is not None:
+            assert (window[0].dtype, window[0].device) == (window[1].dtype, window[1].device)
+            assert torch.equal(*window)
+        for mine, theirs in pair if count else ():
+            shown = theirs.shape[2]
+            assert mine.shape[2] == shown if window[1] is None else mine.shape[2] >= shown
+            assert torch.equal(mine[:, :, mine.shape[2] - shown :], theirs)
+    again = DynamicCache(ddp_cache_data=ours, config=config(layout))
+    assert [layer.is_initialized for layer in again.layers] == [count > 0] * 2
+
+
 def test_rows_that_the_kernel_cannot_hold_stay_plain(caplog) -> None:
     cache = BMCCache(config("packed"), 16)
     odd = torch.randn(1, HEADS, 3, 40)
@@ -274,14 +241,6 @@ def test_rows_that_the_kernel_cannot_hold_stay_plain(caplog) -> None:
         "BMCCache: plain rows and torch attention, because the head size is 40; "
         "the kernel takes 32 to 256 in steps of 16"
     ]
-
-
-def test_k_and_v_of_an_earlier_step_are_refused_not_wrong() -> None:
-    cache = filled("packed")
-    key, _ = cache.update(rows(2, 1), rows(2, 1), 1)
-    cache.update(rows(2, 1), rows(2, 1), 1)
-    with pytest.raises(RuntimeError, match="of an earlier step"):
-        key.sum()
 
 
 def test_early_initialization_and_iteration_over_layers() -> None:
@@ -295,22 +254,6 @@ def test_early_initialization_and_iteration_over_layers() -> None:
     assert isinstance(cache.layers[0], BMCSlidingLayer)
     cache.update(rows(1, 3), rows(1, 3), 0)
     assert cache.layers[0].keys.shape == (1, HEADS, 3, SIZE)
-
-
-def test_stats_count_and_print() -> None:
-    cache = filled("rows", 30, window=64)
-    for layer in range(2):
-        cache.update(rows(2, 3), rows(2, 3), layer)
-    stats = cache.stats()
-    row = 2 * 2 * HEADS * SIZE * 4
-    assert (stats.tokens, stats.layouts, stats.growths) == (33, {"rows": 2}, 4)
-    assert (stats.rows_held, stats.rows_reserved, stats.rows_spare) == (66, 96, 30)
-    assert (stats.copies, stats.rows_copied, stats.bytes_copied) == (2, 60, 60 * row)
-    assert (stats.bytes_allocated, stats.bytes_reserved) == (160 * row, 96 * row)
-    # One layer's new K, old V and new V beside the other layer: K's old memory is gone by then.
-    assert stats.bytes_peak == 48 * row + (48 + 32 + 48) * row // 2
-    assert "growths          4\n" in str(stats)
-    assert re.search(r"reserved +0\.09 MiB", str(stats))
 
 
 PEAK = """
@@ -381,6 +324,7 @@ def test_a_cache_is_reused_over_several_generate_calls() -> None:
         assert torch.equal(again.sequences, first.sequences)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])
 def test_an_interrupt_waits_until_all_layers_have_changed(
     layout: str, change: str, monkeypatch: pytest.MonkeyPatch
@@ -423,7 +367,7 @@ def test_a_shared_prefix_is_copied_and_continued() -> None:
     ("make", "error", "message"),
     [
         (lambda: BMCCache(config(), "best"), ValueError, "policy='best': allowed are"),
-        (lambda: BMCCache(config(), 0), ValueError, "r=0"),
+        (lambda: BMCCache(config(), 0), ValueError, "policy=0: allowed are"),
         (lambda: BMCCache(config(), 1.5), TypeError, "policy=1.5"),
         (lambda: BMCCache(config(), 8, max_length=0), ValueError, "max_length=0"),
         (lambda: BMCCache(T5Config()), ValueError, "T5Config: encoder-decoder .* allowed"),
@@ -441,7 +385,3 @@ def test_a_policy_that_needs_a_limit_takes_the_models() -> None:
     cache = BMCCache(config("rows"), BMCPolicy(T=4))
     cache.update(rows(1, 3), rows(1, 3), 1)
     assert cache.stats().rows_reserved == 64  # max_position_embeddings / 4
-
-
-def test_stock_sliding_layer_is_what_we_compare_with() -> None:
-    assert type(DynamicCache(config=config()).layers[0]) is DynamicSlidingWindowLayer

@@ -1,14 +1,10 @@
-"""Calibration: real measurements of a tiny geometry, and files that are never trusted blindly."""
+"""Calibration: real measurements of a tiny geometry, and what follows from known figures."""
 
 import itertools
-import json
 import logging
 import math
-import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,40 +15,7 @@ from bmc_core.costs.geometry import Geometry
 from bmc_core.costs.measure import AttentionCost, Measured, attention_costs, growth_points
 from bmc_core.costs.model import Workload, best_rows
 from bmc_core.policy import BMCPolicy
-
-TINY = Geometry(2, 2, 1, 32, torch.float32, 64, 128)
-ODD = Geometry(2, 2, 1, 24, torch.float32)  # not a head size of the native kernel
-MIB = 1 << 20
-
-FIGURES = Measured(
-    growth_rows=((1 * MIB, 1e-4), (8 * MIB, 1e-3)),
-    growth_packed=((1 * MIB, 2e-4), (8 * MIB, 2e-3)),
-    sdpa=(AttentionCost(1e-5, 1e-10, 0.0), AttentionCost(1e-5, 1e-10, 0.0)),
-    padded=(AttentionCost(1e-5, 1e-10, 1e-10), AttentionCost(1e-5, 1e-10, 1e-10)),
-    native=(AttentionCost(1e-5, 5e-11, 1e-13), AttentionCost(1e-5, 5e-11, 1e-13)),
-    steps=((1, 1e-3), (16, 2e-3)),
-)
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder and a process memory of its own for each test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration, "_known", {})
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Geometry]:
-    """Known figures instead of a measurement; a list of what was asked for."""
-    asked: list[Geometry] = []
-
-    def known(geometry: Geometry, *, seconds: float, tell=None) -> Measured:
-        asked.append(geometry)
-        return FIGURES
-
-    monkeypatch.setattr(calibration, "measure", known)
-    return asked
+from tests.support.figures import FIGURES, MIB, ODD, TINY
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,105 +129,6 @@ def test_figures_are_per_threads_dtype_geometry_and_versions(
         change()
         calibrate(TINY, threads=1)
         assert len(measured) == before + 1
-
-
-def broken(change) -> str:
-    """A good document, changed."""
-    document = {
-        "schema": cache.SCHEMA,
-        "created": time.time(),
-        "key": key_of(TINY, 1),
-        "measured": FIGURES._asdict(),
-    }
-    document = json.loads(json.dumps(document))
-    change(document)
-    return json.dumps(document)
-
-
-BROKEN = {
-    "empty": "",
-    "cut": '{"schema": 1, "created": 17',
-    "not an object": "[1, 2]",
-    "deep": "[" * 100_000,
-    "another schema": lambda d: d.update(schema=99),
-    "no key": lambda d: d.pop("key"),
-    "another machine": lambda d: d["key"].update(processor="another"),
-    "old": lambda d: d.update(created=time.time() - 365 * 86400),
-    "from the future": lambda d: d.update(created=time.time() + 9999),
-    "no date": lambda d: d.update(created=None),
-    "no figures": lambda d: d.update(measured=None),
-    "a field is missing": lambda d: d["measured"].pop("sdpa"),
-    "a field too many": lambda d: d["measured"].update(more=1),
-    "NaN": lambda d: d["measured"]["sdpa"][0].__setitem__(1, math.nan),
-    "infinite": lambda d: d["measured"]["padded"][1].__setitem__(2, math.inf),
-    "negative": lambda d: d["measured"]["growth_rows"][0].__setitem__(1, -1.0),
-    "zero seconds": lambda d: d["measured"]["growth_rows"][0].__setitem__(1, 0.0),
-    "a row that costs nothing": lambda d: d["measured"]["native"][1].__setitem__(1, 0.0),
-    "a string": lambda d: d["measured"]["steps"][0].__setitem__(1, "fast"),
-    "true": lambda d: d["measured"]["steps"][0].__setitem__(1, True),
-    "falling": lambda d: d["measured"]["growth_rows"].reverse(),
-    "no points": lambda d: d["measured"].update(growth_rows=[]),
-    "no point": lambda d: d["measured"].update(steps=[[1]]),
-    "half of the native figures": lambda d: d["measured"].update(native=None),
-    "another number of costs": lambda d: d["measured"].update(native=[1.0]),
-    "another number of figures": lambda d: d["measured"]["native"][0].pop(),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_or_stale_file_is_measured_again(measured: list[Geometry], name: str) -> None:
-    change = BROKEN[name]
-    path = cache.path_of(key_of(TINY, 1))
-    path.parent.mkdir(parents=True)
-    path.write_text(change if isinstance(change, str) else broken(change))
-    found, reason = cache.load(key_of(TINY, 1))
-    assert found is None
-    assert str(path) in reason
-    assert calibrate(TINY, threads=1).fresh
-    assert measured == [TINY]
-    assert cache.load(key_of(TINY, 1))[0] == FIGURES, "the good file took its place"
-    assert os.listdir(path.parent) == [path.name], "no temporary file is left"
-
-
-def test_a_good_file_is_good(measured: list[Geometry]) -> None:
-    """What `broken` changes is good before it."""
-    path = cache.path_of(key_of(TINY, 1))
-    path.parent.mkdir(parents=True)
-    path.write_text(broken(lambda document: None))
-    assert not calibrate(TINY, threads=1).fresh
-    assert measured == []
-
-
-def test_an_unreadable_file_is_measured_again(measured: list[Geometry]) -> None:
-    path = cache.path_of(key_of(TINY, 1))
-    path.mkdir(parents=True)
-    found = calibrate(TINY, threads=1)
-    assert found.fresh
-    assert found.path is None, "a folder is in the way: nothing was kept"
-
-
-def test_an_unwritable_folder_is_said_once(
-    measured: list[Geometry],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    found = calibrate(TINY, threads=1)
-    assert found.fresh
-    assert found.path is None
-    assert not calibrate(TINY, threads=1).fresh, "known in this process"
-    assert sum("are not kept" in record.message for record in caplog.records) == 1
-
-
-def test_a_failed_write_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = key_of(TINY, 1)
-    path = cache.save(key, FIGURES)
-    with pytest.raises(ValueError, match="JSON"):
-        cache.save(key, FIGURES._replace(growth_rows=((1.0, math.nan),)))
-    assert cache.load(key)[0] == FIGURES
-    assert os.listdir(path.parent) == [path.name]
 
 
 def test_costs_scale_with_layers_and_batch(measured: list[Geometry]) -> None:

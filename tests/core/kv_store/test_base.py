@@ -1,16 +1,13 @@
-"""The chunked KV store, in both layouts, against a plain list of rows."""
+"""What both layouts of the chunked KV store promise, against a plain list of rows."""
 
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import resource
-import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +15,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bmc_core import native
 from bmc_core.attention import DTYPES
-from bmc_core.kv_store import KVCounters, KVStore, PackedStore, RowsStore, why_not_packed
+from bmc_core.kv_store import KVStore, PackedStore
+from bmc_core.machine.memory import PAGE
 from bmc_core.policy import BMCPolicy
+from tests.support.allocations import fail_each_allocation
+from tests.support.mappings import resident_bytes
+from tests.support.stores import HEADS, LAYOUTS, SIZE, filled, random_rows
 
-HEADS, SIZE = 2, 32
-LAYOUTS = {"rows": RowsStore, "packed": PackedStore}
 POLICIES = [
     BMCPolicy(r=1),
     BMCPolicy(r=7),
@@ -34,11 +32,6 @@ POLICIES = [
     BMCPolicy.growing(),
     BMCPolicy.up_front(),
 ]
-
-
-def random_rows(batch: int, rows: int, dtype: torch.dtype = torch.float32, size: int = SIZE):
-    """K and V, their memory laid out as a model's projections give it."""
-    return tuple(torch.randn(batch, rows, HEADS, size).to(dtype).transpose(1, 2) for _ in "kv")
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -156,16 +149,6 @@ TestRowsStore = RowsMachine.TestCase
 TestPackedStore = PackedMachine.TestCase
 
 
-@pytest.fixture(params=LAYOUTS)
-def store(request) -> KVStore:
-    return LAYOUTS[request.param](BMCPolicy(r=32))
-
-
-def filled(store: KVStore, batch: int = 3, rows: int = 40) -> KVStore:
-    store.append(*random_rows(batch, rows))
-    return store
-
-
 def test_growths_are_the_policys(store: KVStore) -> None:
     for _ in range(100):
         store.append(*random_rows(1, 1))
@@ -182,65 +165,6 @@ def test_growths_are_the_policys(store: KVStore) -> None:
     assert store.counters.bytes_peak == peak[store.layout] * row
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("batch", "dtype", "rows", "r"),
-    [(1, torch.float32, 1, 16), (3, torch.bfloat16, 100, 16), (40, torch.bfloat16, 700, 240)],
-)
-def test_rows_move_up_where_they_are(
-    batch: int, dtype: torch.dtype, rows: int, r: int, threads: int
-) -> None:
-    """Growths within the room behind the rows keep the memory, its content and nothing twice."""
-    store = PackedStore(BMCPolicy(r=r))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        filled = [random_rows(batch, rows, dtype)]
-        store.append(*filled[0])
-        place, capacity = store.tensor().data_ptr(), store.capacity
-        while store.capacity + r <= 2 * capacity:
-            filled.append(random_rows(batch, store.capacity - store.length + 1, dtype))
-            store.append(*filled[-1])
-            assert store.tensor().data_ptr() == place
-            assert store.counters.bytes_peak == store.num_bytes == store.counters.bytes_held
-        assert store.counters.growths >= 2
-        for held, part in ((store.keys(), 0), (store.values(), 1)):
-            assert torch.equal(held, torch.cat([pair[part] for pair in filled], dim=2))
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_room_is_no_more_than_the_expected_rows() -> None:
-    store = PackedStore(BMCPolicy(r=32), limit=90)
-    store.append(*random_rows(2, 60))
-    assert store.tensor().untyped_storage().nbytes() == 96 * store.row_bytes
-    for twin in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
-        assert twin.tensor().untyped_storage().nbytes() == 64 * store.row_bytes
-
-
-def test_a_wrong_growth_in_place_is_refused() -> None:
-    memory = torch.zeros(100, dtype=torch.uint8)
-    for wrong in ((2, 11, 10, 20), (2, 10, 20, 10), (2, 10, 10, 51), (-1, 1, 1, 1)):
-        with pytest.raises(ValueError, match="allowed: bytes <= old stride <= new stride"):
-            native.module().grow_in_place(memory.data_ptr(), 100, *wrong)
-
-
-def test_plain_rows_are_views_of_the_valid_rows() -> None:
-    store = filled(RowsStore(BMCPolicy(r=64)))
-    assert store.keys().shape == (3, HEADS, 40, SIZE)
-    assert store.keys().untyped_storage().nbytes() == 3 * HEADS * 64 * SIZE * 4
-
-
-def test_k_and_v_of_plain_rows_may_differ_in_size_and_be_of_any_dtype() -> None:
-    store = RowsStore(BMCPolicy(r=8))
-    key = torch.randn(2, 3, 5, 24, dtype=torch.float64)
-    value = torch.randn(2, 3, 5, 7, dtype=torch.float64)
-    store.append(key, value)
-    store.append(key, value)
-    assert torch.equal(store.keys(), torch.cat((key, key), dim=2))
-    assert torch.equal(store.values(), torch.cat((value, value), dim=2))
-
-
 def test_a_limit_is_not_exceeded_and_may_be_outgrown(store: KVStore) -> None:
     store.limit = 48
     filled(store)
@@ -255,22 +179,6 @@ def test_a_window_keeps_its_memory_bounded(store: KVStore) -> None:
         store.append(*random_rows(1, 1), keep=50)
     assert store.capacity <= 128
     assert store.length >= 50
-
-
-def test_attention_sees_what_the_arguments_say() -> None:
-    torch.manual_seed(0)
-    store = filled(PackedStore(BMCPolicy(r=32)), batch=2, rows=50)
-    query = torch.randn(2, 4, 3, SIZE)
-    first = torch.tensor([0, 7], dtype=torch.int32)
-    out = store.attend(query, scale=0.3, rows=45, first_rows=first, sliding_window=41)
-    key_rows, query_rows = torch.arange(50), torch.arange(47, 50)
-    visible = key_rows <= query_rows[:, None]
-    visible &= key_rows > query_rows[:, None] - 41
-    mask = visible & (key_rows >= (5 + first)[:, None, None, None])
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, store.keys(), store.values(), attn_mask=mask, scale=0.3, enable_gqa=True
-    )
-    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-5)
 
 
 def test_gradients_do_not_enter_the_store(store: KVStore) -> None:
@@ -300,18 +208,6 @@ def test_copies_and_pickles_are_stores_of_their_own(store: KVStore) -> None:
         twin.reorder(torch.tensor([1, 0, 2]))
         assert torch.equal(twin.keys()[:, :, :40], key[[1, 0, 2]])
     assert torch.equal(store.keys(), key)
-
-
-def test_counters_may_be_shared() -> None:
-    counters = KVCounters()
-    stores = [RowsStore(BMCPolicy(r=16), counters=counters) for _ in range(3)]
-    for one in stores:
-        filled(one)
-    assert counters.growths == 3
-    assert counters.bytes_held == sum(one.num_bytes for one in stores)
-    stores[0].release()
-    assert counters.bytes_held == sum(one.num_bytes for one in stores[1:])
-    assert stores[0].length == stores[0].capacity == stores[0].num_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -349,55 +245,67 @@ def test_first_rows_must_go_together(store: KVStore) -> None:
         type(store)(BMCPolicy(), limit=-1)
 
 
-def test_what_the_packed_layout_cannot_hold_is_said() -> None:
-    key, value = random_rows(1, 1)
-    assert why_not_packed(key, value) is None
-    assert "float64" in str(why_not_packed(key.double(), value.double()))
-    assert "40" in str(why_not_packed(*random_rows(1, 1, size=40)))
-    assert "differ" in str(why_not_packed(key, random_rows(1, 1, size=48)[1]))
-    assert "meta" in str(why_not_packed(key.to("meta"), value.to("meta")))
-    with pytest.raises(ValueError, match='layout "packed" is not possible: the head size is 40'):
-        PackedStore(BMCPolicy()).append(*random_rows(1, 1, size=40))
-
-
-@pytest.mark.parametrize("call", ["grow where they are", "grow elsewhere", "slide", "reorder"])
-def test_an_interrupt_waits_until_rows_have_moved(
-    store: KVStore, call: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real SIGINT in the middle: it is raised, and every row is where it should be."""
-    key = filled(store, rows=64).keys().clone()
-    index = torch.tensor([2, 0, 1])
-    if call == "grow elsewhere":
-        store.append(*random_rows(3, 64))
-        store.truncate(64)
-        monkeypatch.setattr(store, "_grow_in_place", lambda *args: False, raising=False)
-    name = {"slide": "_slide", "reorder": "_reorder"}.get(call, "_hold")
-    real = getattr(store, name)
-
-    def interrupted(*args: Any, **settings: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        real(*args, **settings)
-
-    monkeypatch.setattr(store, name, interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    calls = {
-        "slide": lambda: store.append(*random_rows(3, 10), keep=16),
-        "reorder": lambda: store.reorder(index),
-    }
-    with pytest.raises(KeyboardInterrupt):
-        calls.get(call, lambda: store.append(*random_rows(3, 65)))()
-    assert signal.getsignal(signal.SIGINT) is handler
-    monkeypatch.setattr(store, name, real)
-    expected = {"slide": key[:, :, 48:], "reorder": key[index]}.get(call, key)
-    assert torch.equal(store.keys()[:, :, : expected.shape[2]], expected)
-    new, _ = pair = random_rows(3, 1)
+@pytest.mark.parametrize("call", ["slide", "slide far", "reorder"])
+def test_whichever_allocation_fails_no_row_has_moved(store: KVStore, call: str) -> None:
+    """Rows of three heads, of which two fit into the buffer that moves them."""
+    rows = 6144
+    store.policy = BMCPolicy(r=rows + 256)
+    key, value = pair = [torch.randn(2, 3, rows, SIZE) for _ in "kv"]
     store.append(*pair)
-    assert torch.equal(store.keys()[:, :, -1:], new)
+    store.policy = BMCPolicy(r=128)
+    dropped = {"slide": 256, "slide far": 2048, "reorder": 0}[call]
+    new = [torch.randn(2, 3, 257, SIZE) for _ in "kv"]
+    before = (store.length, store.capacity, store.epoch)
+    counters = copy.copy(store.counters)
+
+    def operation() -> None:
+        if call == "reorder":
+            store.reorder(torch.tensor([1, 0]))
+        else:
+            store.append(*new, keep=rows - dropped)
+
+    def as_before() -> None:
+        assert (store.length, store.capacity, store.epoch) == before
+        assert store.counters == counters
+        assert torch.equal(store.keys(), key)
+        assert torch.equal(store.values(), value)
+
+    failures = fail_each_allocation(operation, as_before)
+    assert failures > 0 or (store.layout, call) == ("rows", "slide far"), "it needs no memory"
+    for held, old, added in zip((store.keys(), store.values()), pair, new, strict=True):
+        expected = old[[1, 0]] if call == "reorder" else torch.cat((old[:, :, dropped:], added), 2)
+        assert torch.equal(held, expected)
+    assert store.counters.copies == counters.copies + 1
+    assert store.counters.growths == counters.growths
 
 
-def test_other_threads_have_no_interrupts_to_wait_for() -> None:
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(filled, PackedStore(BMCPolicy(r=16)), 2, 40).result()
+@pytest.fixture(params=[False, True], ids=["any algorithm", "deterministic algorithms"])
+def algorithms(request) -> Iterator[None]:
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked of Linux")
+@pytest.mark.usefixtures("algorithms")
+def test_room_that_was_not_written_takes_no_memory(store: KVStore) -> None:
+    """256 MiB of room, 1 MiB of rows; glibc never hands out so much from what was freed before."""
+    store.policy = BMCPolicy(r=1 << 18)
+    row_bytes = 2 * HEADS * SIZE * 4
+    pair = random_rows(1, (1 << 20) // row_bytes)
+    store.append(*pair)
+    store.append(*random_rows(1, 1))
+    tensors = (store.tensor(),) if isinstance(store, PackedStore) else store._tensors()
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) >= 128 << 20
+    assert 1 << 20 <= sum(map(resident_bytes, tensors)) + 8 * PAGE <= 6 << 20
+    assert torch.equal(store.keys()[:, :, :-1], pair[0])
+
+
+def test_more_rows_than_there_are_addresses_is_no_memory(store: KVStore) -> None:
+    store.policy = BMCPolicy(r=10**30)
+    with pytest.raises(RuntimeError, match="allocate"):
+        store.append(*random_rows(1, 1))
+    assert store.length == store.capacity == 0
 
 
 OUT_OF_MEMORY = """

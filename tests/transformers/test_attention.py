@@ -16,18 +16,10 @@ from tests.support.architectures import (
     padding,
     prompt,
 )
+from tests.support.logits import TOLERANCE, assert_close, logits
 
 INTERFACE = [name for name in CONFIGS if name not in WITHOUT_INTERFACE]
 FALLBACK = "bmc attention: plain torch attention is used, because "
-
-# Largest difference of logits allowed between BMC and stock attention, relative to the largest
-# logit. Both round in every layer; the kernel also rounds the probabilities to bfloat16.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-
-
-def logits(model, ids, cache=None, **arguments) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, past_key_values=cache, **arguments).logits
 
 
 def stepwise(model, cache, mask=None) -> torch.Tensor:
@@ -43,12 +35,6 @@ def stepwise(model, cache, mask=None) -> torch.Tensor:
         chunk = ids[:, step.start : step.stop]
         parts.append(logits(model, chunk, cache, attention_mask=columns))
     return torch.cat(parts, dim=1)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert not actual.isnan().any()
-    error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
-    assert error <= TOLERANCE[expected.dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -128,38 +114,6 @@ def test_the_soft_cap_counts() -> None:
     assert (logits(model, prompt()) - capped).abs().max() > 0.01
 
 
-class TestTraining:
-    def test_gradients_are_stock_without_a_cache(self) -> None:
-        model = build("llama").train()
-        gradients = []
-        for _ in range(2):
-            model.zero_grad()
-            model(prompt(), use_cache=False, attention_mask=padding()).logits[
-                0, 6:
-            ].sum().backward()
-            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-            enable(model, 16)
-        for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-    @pytest.mark.parametrize("attention", ["bmc", "stock"])
-    def test_through_a_cache_they_are_refused(self, attention: str) -> None:
-        model = enable(build("llama"), 16, attention=attention)
-        cache = BMCCache(model.config, 16)
-        output = model(prompt(), past_key_values=cache).logits
-        assert output.requires_grad
-        assert_close(output.detach(), logits(model, prompt()))
-        with pytest.raises(RuntimeError, match="BMC keeps no gradients"):
-            output.sum().backward()
-
-    def test_dropout_falls_back(self, caplog) -> None:
-        query = torch.randn(1, 4, 1, 32)
-        cache, module = one_layer()
-        key, value = cache.update(*torch.randn(2, 1, 2, 5, 32), 0)
-        bmc_attention(module, query, key, value, None, dropout=0.5)
-        assert FALLBACK + "dropout is 0.5" in caplog.text
-
-
 def one_layer():
     register_attention()
     config = CONFIGS["llama"]()
@@ -174,6 +128,14 @@ def reference(query, key, value, mask=None, **kwargs) -> torch.Tensor:
         query, key + 0, value + 0, attn_mask=mask, enable_gqa=True, **kwargs
     )
     return out.transpose(1, 2)
+
+
+def test_dropout_falls_back(caplog) -> None:
+    query = torch.randn(1, 4, 1, 32)
+    cache, module = one_layer()
+    key, value = cache.update(*torch.randn(2, 1, 2, 5, 32), 0)
+    bmc_attention(module, query, key, value, None, dropout=0.5)
+    assert FALLBACK + "dropout is 0.5" in caplog.text
 
 
 @pytest.mark.parametrize(

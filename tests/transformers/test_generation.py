@@ -23,11 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from bmc_core.costs import calibration
-from bmc_core.costs.geometry import Geometry
 from bmc_core.policy import BMCPolicy
 from bmc_transformers import BMCCache, disable, enable, is_enabled
-from bmc_transformers.auto_policy import policy_for
 from bmc_transformers.linears import PackedLinear
 from tests.support.architectures import SCENARIOS, build, draft, expected, generated, prompt
 
@@ -130,34 +127,6 @@ def test_what_the_user_chose_for_the_cache_stays(arguments, kind) -> None:
     output = generated(model, {"inputs": prompt(), **arguments})
     assert type(output.past_key_values) is kind
     assert torch.equal(output.sequences, expected("llama", "plain"))
-
-
-@pytest.mark.parametrize("attention", ["bmc", "stock"])
-def test_auto_is_what_calibration_says(attention, tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    model = build("llama")
-    geometry = Geometry.from_config(model.config, torch.float32)
-    calibration.calibrate(geometry, seconds=0.2)
-    enable(model, "auto", attention=attention)
-    output = generated(model, {"inputs": prompt(), "num_beams": 2})
-    wanted = calibration.auto_policy(
-        geometry,
-        batch_size=4,
-        prompt_rows=21,
-        total_rows=60,
-        attention="native" if attention == "bmc" else "sdpa",
-    )
-    assert output.past_key_values.policy == wanted
-    assert not wanted.is_auto
-
-
-def test_auto_without_a_known_geometry_grows(caplog) -> None:
-    policy = BMCPolicy("auto")
-    model = build("llama")
-    model.config.num_hidden_layers = 0
-    arguments = {"batch_size": 1, "prompt_rows": 0, "total_rows": None, "native": True}
-    assert policy_for(model, policy, **arguments) is policy
-    assert 'policy "auto" grows without calibration' in caplog.text
 
 
 class TestAssistants:
@@ -316,10 +285,11 @@ def qwen3_next():
     ("make", "settings", "error", "message"),
     [
         (lambda: build("llama"), {"policy": "fast"}, ValueError, "policy='fast': allowed are"),
-        (lambda: build("llama"), {"policy": 0}, ValueError, "r=0"),
+        (lambda: build("llama"), {"policy": 0}, ValueError, "policy=0: allowed are"),
         (lambda: build("llama"), {"policy": None}, TypeError, "policy=None: allowed are"),
         (lambda: build("llama"), {"attention": "sdpa"}, ValueError, "attention='sdpa': allowed"),
         (lambda: build("llama"), {"pack_linears": "yes"}, TypeError, "pack_linears='yes'"),
+        (lambda: build("llama"), {"pack_linears": 1}, TypeError, "pack_linears=1: allowed are"),
         (lambda: build("gptj"), {"attention": "bmc"}, ValueError, "has no attention interface"),
         (
             lambda: T5ForConditionalGeneration(
@@ -345,6 +315,15 @@ def test_bad_settings_are_named_and_change_nothing(make, settings, error, messag
     with pytest.raises(error, match=message):
         enable(model, **{"policy": 16} | settings)
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("call", [disable, is_enabled])
+@pytest.mark.parametrize("wrong", [None, "llama", torch.nn.Linear])
+def test_what_is_no_model_is_named(call, wrong) -> None:
+    with pytest.raises(TypeError, match=r"model=.* is a .*; allowed: the model that enable"):
+        call(wrong)
+    linear = torch.nn.Linear(2, 2)
+    assert disable(linear) is linear
 
 
 def test_an_assistant_by_position_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

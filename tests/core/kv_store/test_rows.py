@@ -1,0 +1,25 @@
+"""The layout of plain rows: views of the valid ones, any size and dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from bmc_core.kv_store import RowsStore
+from bmc_core.policy import BMCPolicy
+from tests.support.stores import HEADS, SIZE, filled
+
+
+def test_plain_rows_are_views_of_the_valid_rows() -> None:
+    store = filled(RowsStore(BMCPolicy(r=64)))
+    assert store.keys().shape == (3, HEADS, 40, SIZE)
+    assert store.keys().untyped_storage().nbytes() == 3 * HEADS * 64 * SIZE * 4
+
+
+def test_k_and_v_of_plain_rows_may_differ_in_size_and_be_of_any_dtype() -> None:
+    store = RowsStore(BMCPolicy(r=8))
+    key = torch.randn(2, 3, 5, 24, dtype=torch.float64)
+    value = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    store.append(key, value)
+    store.append(key, value)
+    assert torch.equal(store.keys(), torch.cat((key, key), dim=2))
+    assert torch.equal(store.values(), torch.cat((value, value), dim=2))
