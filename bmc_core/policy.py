@@ -95,7 +95,8 @@ class BMCPolicy:
     ) -> GrowthPolicy:
         """The policy that a user's setting means.
 
-        Every framework's settings come through here, so that all of them take the same values.
+        transformers' and DeepSpeed's settings come through here, so that both take the same values.
+        (vLLM's block tables grow without a copy: there r is an int, and nothing else is meant.)
 
         Args:
             value: a policy (anything with `rows_to_hold`, returned as it is), an int r, "auto", or
