@@ -149,11 +149,11 @@ def kernel(
     bandwidth and GEMM rate were measured. Ends with 1 when an answer was wrong, 2 when an option
     is not allowed, 3 when a system cannot run here.
     """
-    from benchmarks import plot as pictures
-    from benchmarks import report as reports
-    from benchmarks.cases import select, with_goals_of
-    from benchmarks.kernel import Options, run
-    from benchmarks.systems import Unusable
+    from benchmarks.kernel import report as reports
+    from benchmarks.kernel import roofline as pictures
+    from benchmarks.kernel.cases import select, with_goals_of
+    from benchmarks.kernel.operators import Unusable
+    from benchmarks.kernel.run import Options, run
 
     _writable(json, "--json")
     _writable(plot, "--plot")
@@ -239,10 +239,10 @@ def step(
     """
     import re
 
-    from benchmarks import step as steps_of
-    from benchmarks.children import ChildError
-    from benchmarks.report import now, write_json
-    from benchmarks.step_cases import select
+    from benchmarks.kernel.report import now, write_json
+    from benchmarks.lib.worker_client import WorkerError
+    from benchmarks.step import run as steps_of
+    from benchmarks.step.cases import select
 
     _writable(json, "--json")
     if bind is not None and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", bind):
@@ -255,7 +255,7 @@ def step(
         chosen, bind or steps_of.default_bind(), rounds, steps, compile_model, not prefill
     )
     console = _console()
-    report = _run_shown(steps_of.run, options, console, ChildError, MemoryError)
+    report = _run_shown(steps_of.run, options, console, WorkerError, MemoryError)
     steps_of.show_step(report, console)
     if json is not None:
         write_json(steps_of.step_document(report, now()), json)
@@ -306,11 +306,11 @@ def generate(
     Ends with 1 when an answer differs, 2 when an option is not allowed, 3 when a system cannot run
     here.
     """
-    from benchmarks import generate as steps_of
-    from benchmarks.children import ChildError
-    from benchmarks.generate_report import generate_document, show_generate
-    from benchmarks.generate_systems import NAMES
-    from benchmarks.report import now, write_json
+    from benchmarks.engines.transformers import NAMES
+    from benchmarks.generate import run as steps_of
+    from benchmarks.generate.report import generate_document, show_generate
+    from benchmarks.kernel.report import now, write_json
+    from benchmarks.lib.worker_client import WorkerError
 
     _writable(json, "--json")
     names = NAMES if systems is None else tuple(systems.split(","))
@@ -326,7 +326,7 @@ def generate(
         chosen, threads or _cores(), names, r, rounds, llama_cpp_python=llama_cpp_python
     )
     console = _console()
-    report = _run_shown(steps_of.run, options, console, ChildError)
+    report = _run_shown(steps_of.run, options, console, WorkerError)
     show_generate(report, console)
     if json is not None:
         write_json(generate_document(report, now()), json)
@@ -379,12 +379,12 @@ def model(
         raise _refuse("--threads", f"{threads}; allowed: 1 to {_cores()}, this process's cores")
     console = _console()
     try:
-        from benchmarks import model as models
-        from benchmarks import model_report as reports
+        from benchmarks.growth import report as reports
+        from benchmarks.growth import run as models
     except ImportError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(3) from None
-    from benchmarks.report import now, write_json
+    from benchmarks.kernel.report import now, write_json
 
     for name in path or ():
         if name not in models.PATHS:

@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command_line
-from benchmarks import kernel, step
-from benchmarks.kernel import Report
-from benchmarks.systems import Unusable
+from benchmarks.kernel import run as kernel
+from benchmarks.kernel.operators import Unusable
+from benchmarks.kernel.run import Report
+from benchmarks.step import run as step
 from tests.support.kernel_cases import TINY_CASES
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})

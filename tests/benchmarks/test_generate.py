@@ -6,12 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import generate
 from benchmarks.__main__ import app
-from benchmarks.generate import GOALS, TINY, GenerateCase, Goal, Options, measured_ratio, run
-from benchmarks.generate_report import generate_document, show_generate
-from benchmarks.generate_systems import NAMES, Dynamic, build_model, twin
-from benchmarks.report import now
+from benchmarks.engines.transformers import NAMES, Dynamic, build_model, twin
+from benchmarks.generate import run as generate
+from benchmarks.generate.report import generate_document, show_generate
+from benchmarks.generate.run import GOALS, TINY, GenerateCase, Goal, Options, measured_ratio, run
+from benchmarks.kernel.report import now
 
 CASE = GenerateCase(2, 40)
 
@@ -61,7 +61,7 @@ def test_document_and_tables(report: generate.GenerateReport, capsys) -> None:
 
 def test_a_wrong_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that are not what the others got change logits and tokens."""
-    from benchmarks.generate_systems import BMC
+    from benchmarks.engines.transformers import BMC
 
     original = BMC.fill
     monkeypatch.setattr(
@@ -75,7 +75,7 @@ def test_a_wrong_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_different_tokens_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.generate_systems import BMC
+    from benchmarks.engines.transformers import BMC
 
     original = BMC.generate
     monkeypatch.setattr(BMC, "generate", lambda *args: original(*args).flip(1))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import plot
-from benchmarks.kernel import Options, Report, sets_target
-from benchmarks.machine import describe
-from benchmarks.report import kernel_document, kernel_table, write_json
-from benchmarks.systems import Unusable, bmc, sdpa
+from benchmarks.kernel import roofline as plot
+from benchmarks.kernel.operators import Unusable, bmc, sdpa
+from benchmarks.kernel.report import kernel_document, kernel_table, write_json
+from benchmarks.kernel.run import Options, Report, sets_target
+from benchmarks.lib.ceilings import describe
 from bmc_core import native
 from tests.support.kernel_cases import TINY_CASES, tiny_case
 

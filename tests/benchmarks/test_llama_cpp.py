@@ -11,10 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.children import ChildError
-from benchmarks.generate import TINY, GenerateCase, Options, run
-from benchmarks.generate_systems import build_model
-from benchmarks.llama_cpp import LlamaCpp, _save
+from benchmarks.engines.llama_cpp import LlamaCpp, _save
+from benchmarks.engines.transformers import build_model
+from benchmarks.generate.run import TINY, GenerateCase, Options, run
+from benchmarks.lib.worker_client import WorkerError
 
 PYTHON = os.environ.get("BMC_TEST_LLAMA_CPP_PYTHON")
 
@@ -73,7 +73,7 @@ def test_rotary_pairs_are_neighbors(saved: tuple[Path, list[str]], name: str, he
     [(sys.executable, "No module named '(gguf|llama_cpp)'"), ("/does/not/exist", "does not start")],
 )
 def test_an_interpreter_that_does_not_do_is_an_error(python: str, message: str) -> None:
-    with pytest.raises(ChildError, match=f"--llama-cpp-python {python}: .*{message}"):
+    with pytest.raises(WorkerError, match=f"--llama-cpp-python {python}: .*{message}"):
         LlamaCpp(build_model(TINY, 64, torch.float32, seed=0), Path(python), 1)
     arguments = ["generate", "--batch=1", "--rows=40", "--systems=dynamic", "--rounds=2"]
     result = CliRunner().invoke(app, [*arguments, f"--llama-cpp-python={python}"])

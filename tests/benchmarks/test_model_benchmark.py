@@ -10,8 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command_line
-from benchmarks import model
-from benchmarks.model import (
+from benchmarks.growth import run as model
+from benchmarks.growth.generation import PATHS, Generator, ModelShape
+from benchmarks.growth.report import draw_model, model_document, show_model
+from benchmarks.growth.run import (
     ModelReport,
     Options,
     Point,
@@ -20,10 +22,8 @@ from benchmarks.model import (
     run,
     slope_of,
 )
-from benchmarks.model_generate import PATHS, Generator, ModelShape
-from benchmarks.model_report import draw_model, model_document, show_model
-from benchmarks.report import write_json
-from benchmarks.timing import Timing
+from benchmarks.kernel.report import write_json
+from benchmarks.lib.timing import Timing
 from bmc_core.costs import calibration, measure
 from bmc_core.policy import BMCPolicy
 

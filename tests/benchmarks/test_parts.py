@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, machine, step, step_cases
-from benchmarks.children import Child, ChildError
-from benchmarks.inputs import Inputs, layout, relative_error
-from benchmarks.systems import cpu_attn
-from benchmarks.timing import Timed, alternate, summary
+from benchmarks.kernel import cases
+from benchmarks.kernel.inputs import Inputs, layout
+from benchmarks.kernel.operators import cpu_attn
+from benchmarks.lib import ceilings as machine
+from benchmarks.lib.answers import relative_error
+from benchmarks.lib.timing import Timed, alternate, summary
+from benchmarks.lib.worker_client import WorkerError, WorkerProcess
+from benchmarks.step import cases as step_cases
+from benchmarks.step import run as step
 from tests.support.kernel_cases import tiny_case
 
 
@@ -217,8 +221,8 @@ def test_cpu_attn_kernel_is_the_one_that_vllm_takes(head_size, block_size, dtype
     assert ours == vllm._get_attn_isa(dtype, block_size, head_size)
 
 
-def python_child(code: str) -> Child:
-    return Child("the child", [sys.executable, "-c", code])
+def python_child(code: str) -> WorkerProcess:
+    return WorkerProcess("the child", [sys.executable, "-c", code])
 
 
 def test_child_answers() -> None:
@@ -239,7 +243,7 @@ def test_child_answers() -> None:
 )
 def test_child_that_fails_says_why(code: str, message: str) -> None:
     child = python_child(code)
-    with pytest.raises(ChildError, match=message):
+    with pytest.raises(WorkerError, match=message):
         child.ask(1 if "sleep" in code else 30, do="x")
     child._process.kill()
     child.close()

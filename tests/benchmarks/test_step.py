@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import step
-from benchmarks.report import now
-from benchmarks.step_cases import Shape, StepCase
+from benchmarks.kernel.report import now
+from benchmarks.step import run as step
+from benchmarks.step.cases import Shape, StepCase
 
 SHAPE = Shape("tiny", 1, 64, 2, 1, 32, intermediate=64, vocabulary=64)
 CASE = StepCase("tiny 2x10", SHAPE, 2, 10, goal=1.5)
@@ -20,7 +20,7 @@ class PlayedEngine:
     asked: list[tuple[str, str]]
     logits: dict[str, torch.Tensor]
 
-    def __init__(self, title: str, command: list[str], environment: Any, folder: Path) -> None:
+    def __init__(self, title: str, command: list[str], environment: Any) -> None:
         self.name = title.split(", ")[1]
         self.bind = environment["VLLM_CPU_OMP_THREADS_BIND"]
 
@@ -50,7 +50,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> type[PlayedEngine]:
     monkeypatch.setattr(PlayedEngine, "asked", [], raising=False)
     both = {"BMC": logits, "CPU_ATTN": logits}
     monkeypatch.setattr(PlayedEngine, "logits", both, raising=False)
-    monkeypatch.setattr(step, "Child", PlayedEngine)
+    monkeypatch.setattr(step, "WorkerProcess", PlayedEngine)
     return PlayedEngine
 
 

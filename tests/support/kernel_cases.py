@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from benchmarks.cases import Case, Goal
-from benchmarks.kernel import Options, Report, run
+from benchmarks.kernel.cases import Case, Goal
+from benchmarks.kernel.run import Options, Report, run
 
 
 def tiny_case(name: str = "tiny", **fields: Any) -> Case:
