@@ -1,8 +1,8 @@
-"""llama.cpp as a peer of the generate benchmark: llama-cpp-python in a child process.
+"""llama.cpp: llama-cpp-python in a process of its own, in the environment that has it.
 
 Promises the same weights (a GGUF file written from the model's own tensors), the same threads, K
 and V in the model's dtype and memory of its own for each sequence, with the settings that were
-measured to be its fastest. Knows nothing of timing.
+measured to be its fastest. Knows nothing of the engines beside it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.engines.transformers import GenerateSystem
+from benchmarks.engines.base import Batch, Engine, Step
+from benchmarks.lib.llama import RandomLlama, drawn_tokens
 from benchmarks.lib.worker_client import WorkerProcess, worker_command
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -23,64 +24,68 @@ CALL_SECONDS = 600.0
 """For a request; the longest one runs a prompt of a few thousand rows through the model."""
 
 
-class LlamaCpp(GenerateSystem):
-    """llama.cpp over the model's weights.
+class LlamaCpp(Engine):
+    """llama.cpp over the model's weights: float32 or bfloat16, rotary positions not scaled.
 
     It has no reference but itself: its rows come from a prompt that it computes, not from the drawn
-    K and V of the others. The greedy tokens of the small model are compared.
+    K and V of the others. The greedy tokens of a small model can be compared.
 
     Args:
-        model: float32 or bfloat16, rotary positions not scaled.
         python: interpreter of an environment that has llama-cpp-python and gguf.
         threads: of llama.cpp.
-
-    Raises:
-        WorkerError: the interpreter or its packages do not do.
     """
 
     name, title, peer, reference = "llama_cpp", "llama.cpp", True, "llama_cpp"
+    process, wakes = "llama.cpp", 1
 
-    def __init__(self, model: LlamaForCausalLM, python: Path, threads: int) -> None:
-        self.vocabulary = model.config.vocab_size
+    def __init__(self, python: Path, threads: int) -> None:
+        self.python = python
+        self.threads = threads
+        self.worker: WorkerProcess | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def start(self, model: RandomLlama, largest: Batch) -> None:
+        self.vocabulary = model.shape.vocabulary
         self.folder = tempfile.TemporaryDirectory()
+        title = f"--llama-cpp-python {self.python}"
+        self.worker = WorkerProcess(title, worker_command(self.python, WORKER))
         folder = Path(self.folder.name)
-        self.child = WorkerProcess(f"--llama-cpp-python {python}", worker_command(python, WORKER))
-        try:
-            tensors = _save(model, folder)
-            self.child.ask(
-                CALL_SECONDS,
-                do="load",
-                folder=str(folder),
-                config=_config(model),
-                tensors=tensors,
-                threads=threads,
-            )
-        except BaseException:
-            self.close()
-            raise
+        tensors = _save(model.module, folder)
+        config = _config(model.module)
+        self._ask("load", folder=str(folder), config=config, tensors=tensors, threads=self.threads)
 
-    def new_cache(self, max_length: int) -> Cache:
-        raise NotImplementedError("its cache lives in the child process")
+    def _ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self.worker is not None, "start comes first"
+        return self.worker.ask(CALL_SECONDS, do=do, **request)
 
-    def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor, steps: int) -> None:
-        """As many rows per sequence as `key` has, of a prompt of its own."""
-        if layer == 0:
-            batch, _, rows, _ = key.shape
-            self.child.ask(CALL_SECONDS, do="fill", batch=batch, rows=rows, steps=steps)
+    def fill(self, batch: Batch) -> None:
+        tokens = drawn_tokens(self.vocabulary, 1, batch.rows + 1)[0].tolist()
+        self._ask("fill", prompt=tokens, batch=batch.sequences, new=batch.new_rows)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.child.ask(CALL_SECONDS, do="step", tokens=tokens[:, 0].tolist())
-        path = Path(self.folder.name) / "logits.bin"
-        logits = np.fromfile(path, np.float32).reshape(len(tokens), self.vocabulary)
-        return torch.from_numpy(logits)
+    def step(self, count: int) -> list[Step]:
+        self._ask("steps", count=self.wakes)
+        return [Step(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
+
+    def logits(self) -> torch.Tensor:
+        self._ask("steps", count=1)
+        rows = self._ask("logits")["rows"]
+        assert self.folder is not None
+        logits = np.fromfile(Path(self.folder.name) / "logits.bin", np.float32)
+        return torch.from_numpy(logits.reshape(rows, self.vocabulary))
+
+    def tokens(self) -> list[list[int]]:
+        return self._ask("result")["tokens"]
 
     def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
-        answer = self.child.ask(CALL_SECONDS, do="generate", prompts=prompts.tolist(), new=new)
-        return torch.tensor(answer["tokens"])
+        return torch.tensor(self._ask("generate", prompts=prompts.tolist(), new=new)["tokens"])
 
     def close(self) -> None:
-        self.child.close()
-        self.folder.cleanup()
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
 
 
 def _config(model: LlamaForCausalLM) -> dict[str, Any]:

@@ -4,8 +4,7 @@ Run by `lib/worker_loop.py`, with nothing of this project importable. Logits go 
 the folder of the request "load".
 """
 
-import ctypes
-import random
+import time
 from pathlib import Path
 
 CHUNK_ROWS = 512
@@ -21,6 +20,7 @@ class Worker:
 
         self.api, self.gguf = llama_cpp, gguf
         self.model = self.context = None
+        self.next, self.found, self.position = [], [], 0
 
     def load(self, folder, config, tensors, threads):
         self.folder, self.config, self.threads = Path(folder), config, threads
@@ -107,36 +107,55 @@ class Worker:
             chunk = tokens[first : first + CHUNK_ROWS]
             self.decode([(t, first + i, sequence, False) for i, t in enumerate(chunk)])
 
-    def fill(self, batch, rows, steps):
-        self.open(batch, rows + steps)
-        draw = random.Random(0)
-        self.prompt([draw.randrange(self.config["vocabulary"]) for _ in range(rows)], 0)
+    def fill(self, prompt, batch, new):
+        """The prompt's rows for every sequence; its last token is the first step's."""
+        self.open(batch, len(prompt) + new)
+        self.prompt(prompt[:-1], 0)
         for sequence in range(1, batch):  # copies K and V: memory is not shared
             self.api.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
-        self.position = rows
+        self.begin([prompt[-1]] * batch, len(prompt) - 1)
         return {}
 
-    def logits(self, index):
-        return self.api.llama_get_logits_ith(self.context, index)
+    def begin(self, tokens, position):
+        self.next, self.position = tokens, position
+        self.found = [[] for _ in tokens]
 
-    def step(self, tokens):
-        self.decode([(token, self.position, i, True) for i, token in enumerate(tokens)])
+    def last_logits(self, sequence):
+        import numpy as np
+
+        found = self.api.llama_get_logits_ith(self.context, sequence)
+        return np.ctypeslib.as_array(found, (self.config["vocabulary"],))
+
+    def step(self):
+        """One token for every sequence, greedily chosen."""
+        self.decode([(token, self.position, i, True) for i, token in enumerate(self.next)])
         self.position += 1
-        size = 4 * self.config["vocabulary"]
+        self.next = [int(self.last_logits(i).argmax()) for i in range(len(self.next))]
+        for tokens, token in zip(self.found, self.next, strict=True):
+            tokens.append(token)
+
+    def steps(self, count):
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self.step()
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def logits(self):
+        """Of the last step, as float32, sequence by sequence, into logits.bin."""
         with open(self.folder / "logits.bin", "wb") as file:
-            for i in range(len(tokens)):
-                file.write(ctypes.string_at(self.logits(i), size))
-        return {}
+            for i in range(len(self.next)):
+                file.write(self.last_logits(i).tobytes())
+        return {"rows": len(self.next)}
+
+    def result(self):
+        return {"tokens": self.found}
 
     def generate(self, prompts, new):
         self.open(len(prompts), len(prompts[0]) + new)
-        self.position = len(prompts[0]) - 1
         for sequence, prompt in enumerate(prompts):
             self.prompt(prompt[:-1], sequence)
-        done = [list(prompt) for prompt in prompts]
-        vocabulary = range(self.config["vocabulary"])
-        for _ in range(new):
-            self.step([tokens[-1] for tokens in done])
-            for i, tokens in enumerate(done):
-                tokens.append(max(vocabulary, key=self.logits(i).__getitem__))
-        return {"tokens": done}
+        self.begin([prompt[-1] for prompt in prompts], len(prompts[0]) - 1)
+        self.steps(new)
+        return {"tokens": [[*p, *found] for p, found in zip(prompts, self.found, strict=True)]}

@@ -1,46 +1,22 @@
-"""The systems of the generate benchmark: one Hugging Face model, several caches over its weights.
+"""Hugging Face generation: one module's weights under transformers' caches and under BMC's.
 
-Promises that all systems compute with the same weight tensors (a packed copy where linears are
-packed), and that each fills its cache with the same rows. Knows nothing of timing.
+Promises that all engines over one `RandomLlama` compute with the same weight tensors (a packed
+copy where linears are packed). Knows nothing of other frameworks.
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+import time
+from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
-from benchmarks.lib.llama import Shape
+from benchmarks.engines.base import Batch, Counted, Engine, Step
+from benchmarks.lib.llama import DrawnRows, LlamaShape, RandomLlama, drawn_tokens
 from bmc_transformers import BMCCache, enable
-from bmc_transformers.stats import CacheStats
-
-
-def build_model(shape: Shape, max_rows: int, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
-    """A Llama of random weights, without tokens that end a text."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=max_rows,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        dtype=dtype,
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(default)
 
 
 def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -49,45 +25,73 @@ def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy.deepcopy(model, shared)
 
 
-class GenerateSystem(ABC):
-    """One way to generate.
+class HuggingFace(Engine):
+    """A model that is called with a cache, in this process and on torch's threads."""
 
-    Attributes:
-        name, title: in rows, in tables.
-        peer: whether it is what BMC is compared with.
-        reference: name of the system whose logits it must have.
-    """
-
-    name: str
-    title: str
-    peer = False
     reference = "dynamic"
-    model: Any
+    model: Any = None
     cache: Cache | None = None
 
+    def start(self, model: RandomLlama, largest: Batch) -> None:
+        self.shape = model.shape
+        self.model = self.load(model.module)
+
     @abstractmethod
-    def new_cache(self, max_length: int) -> Cache:
+    def load(self, model: LlamaForCausalLM) -> Any:
+        """What is called instead of the model; the model itself is left as it is."""
+
+    @abstractmethod
+    def new_cache(self, max_rows: int) -> Cache:
         """An empty cache for sequences of at most that many rows."""
 
-    def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor, steps: int) -> None:
-        """Rows `[batch, kv heads, rows, head size]` of one layer into the cache, which is new with
-        layer 0 and has room for `steps` more."""
-        if layer == 0:
-            self.cache = None
-            self.cache = self.new_cache(key.shape[2] + steps)
-        assert self.cache is not None
-        self.cache.update(key, value, layer)
+    @property
+    def config(self) -> Any:
+        return self.model.config
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One decode step of tokens `[batch, 1]`; returns the logits `[batch, vocabulary]`."""
+    def fill(self, batch: Batch) -> None:
+        self.cache = None
+        shape, (sequences, rows, new_rows) = self.shape, batch
+        cache = self.cache = self.new_cache(rows + new_rows)
+        drawn = DrawnRows(shape.kv_heads, shape.head_size, shape.torch_dtype)
+        tokens = drawn_tokens(shape.vocabulary, sequences, rows + 1)
+        positions = torch.arange(rows).repeat(sequences)
+        size = (sequences, rows, shape.kv_heads, shape.head_size)
+        for layer in range(shape.layers):
+            both = drawn.rows(layer, positions, tokens[:, :rows].flatten())
+            # [sequences, rows, KV heads, D] -> [sequences, KV heads, rows, D]
+            key, value = (x.view(size).transpose(1, 2).contiguous() for x in both)
+            cache.update(key, value, layer)
+        self.next = tokens[:, rows:]
+        self.found: list[torch.Tensor] = []
+
+    def _step(self) -> torch.Tensor:
+        """Logits `[sequences, 1, vocabulary]` of the next token, which is then known."""
         with torch.inference_mode():
             out = self.model(
-                input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                input_ids=self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
-        return out.logits[:, -1]
+            self.next = out.logits.argmax(-1)
+        self.found.append(self.next)
+        return out.logits
+
+    def step(self, count: int) -> list[Step]:
+        steps = []
+        for _ in range(count):
+            before = self._growths()
+            start = time.perf_counter()
+            self._step()
+            seconds = time.perf_counter() - start
+            steps.append(Step(seconds, self._growths() != before))
+        return steps
+
+    def logits(self) -> torch.Tensor:
+        return self._step()[:, -1].float()
+
+    def tokens(self) -> list[list[int]]:
+        return torch.cat(self.found, 1).tolist()
 
     def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
-        """Greedy `generate` as a user calls it; returns all tokens `[batch, rows + new]`."""
+        self.cache = None
         return self.model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -99,24 +103,30 @@ class GenerateSystem(ABC):
     def generate_arguments(self) -> dict[str, Any]:
         return {}
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to end
-        """Ends what runs outside this process."""
+    def counted(self) -> Counted | None:
+        if not isinstance(self.cache, BMCCache):
+            return None
+        stats = self.cache.stats()
+        return Counted(stats.growths, stats.bytes_copied, stats.bytes_reserved)
 
-    def stats(self) -> CacheStats | None:
-        """What the cache counted; None for caches that do not count."""
-        return self.cache.stats() if isinstance(self.cache, BMCCache) else None
+    def _growths(self) -> int:
+        counted = self.counted()
+        return 0 if counted is None else counted.growths
+
+    def close(self) -> None:
+        self.cache = self.model = None
 
 
-class Dynamic(GenerateSystem):
+class Dynamic(HuggingFace):
     """transformers' default: K and V are concatenated anew for every token."""
 
     name, title, peer = "dynamic", "DynamicCache", True
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self.model = twin(model)
+    def load(self, model: LlamaForCausalLM) -> Any:
+        return twin(model)
 
-    def new_cache(self, max_length: int) -> Cache:
-        return DynamicCache(config=self.model.config)
+    def new_cache(self, max_rows: int) -> Cache:
+        return DynamicCache(config=self.config)
 
 
 class Static(Dynamic):
@@ -124,100 +134,58 @@ class Static(Dynamic):
 
     name, title = "static", "StaticCache"
 
-    def new_cache(self, max_length: int) -> Cache:
-        return StaticCache(config=self.model.config, max_cache_len=max_length)
+    def new_cache(self, max_rows: int) -> Cache:
+        return StaticCache(config=self.config, max_cache_len=max_rows)
 
     def generate_arguments(self) -> dict[str, Any]:
         return {"cache_implementation": "static", "disable_compile": True}
 
 
-class DeepSpeed(Dynamic):
-    """`deepspeed.init_inference` as it is: the same cache behind DeepSpeed's engine.
-
-    It has no reference but itself: DeepSpeed rounds the rotary frequencies to the model's dtype, so
-    that its bfloat16 logits are others than transformers' after some hundred rows.
-
-    Raises:
-        ImportError: DeepSpeed is not installed.
-    """
-
-    name, title, reference = "deepspeed", "DeepSpeed", "deepspeed"
-
-    def __init__(self, model: LlamaForCausalLM, **policy: Any) -> None:
-        import deepspeed
-
-        import bmc_deepspeed  # noqa: F401 - makes kv_policy known
-
-        self.model = deepspeed.init_inference(twin(model), dtype=model.dtype, **policy)
-
-    def new_cache(self, max_length: int) -> Cache:
-        return DynamicCache(config=self.model.module.config)
-
-
-class BMC(GenerateSystem):
+class BMC(HuggingFace):
     """`bmc_transformers.enable`: the growing cache, and the native kernel or the model's own
-    attention over views of the valid rows."""
+    attention over views of the valid rows.
+
+    Args:
+        r: rows per growth.
+    """
 
     name, title = "bmc", "BMC"
+    attention: Literal["bmc", "stock"] = "bmc"
+    packs = False
 
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        r: int,
-        *,
-        attention: Literal["bmc", "stock"] = "bmc",
-        pack: bool = False,
-    ) -> None:
+    def __init__(self, r: int) -> None:
         self.r = r
+
+    def load(self, model: LlamaForCausalLM) -> Any:
         # Packing takes the plain weights away, so it needs its own.
-        own = copy.deepcopy(model) if pack else twin(model)
-        self.model = enable(own, r, attention=attention, pack_linears=pack)
-        if attention == "stock":
-            self.name, self.title = "bmc_views", "BMC, torch attention"
-        if pack:
-            self.name, self.title = "bmc_packed", "BMC, packed linears"
+        own = copy.deepcopy(model) if self.packs else twin(model)
+        return enable(own, self.r, attention=self.attention, pack_linears=self.packs)
 
-    def new_cache(self, max_length: int) -> Cache:
-        return BMCCache(self.model.config, self.r)
+    def new_cache(self, max_rows: int) -> Cache:
+        return BMCCache(self.config, self.r)
 
-
-class BMCDeepSpeed(DeepSpeed):
-    """`deepspeed.init_inference(..., kv_policy="bmc")`."""
-
-    name, title, peer = "bmc_deepspeed", "BMC in DeepSpeed", False
-
-    def __init__(self, model: LlamaForCausalLM, r: int) -> None:
-        super().__init__(model, kv_policy="bmc", kv_policy_config={"r": r})
-        self.r = r
-
-    def new_cache(self, max_length: int) -> Cache:
-        return BMCCache(self.model.module.config, self.r)
+    def memory_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+        ahead = batch._replace(new_rows=batch.new_rows + 2 * self.r)
+        weights = shape.weight_bytes if self.packs and self.model is None else 0
+        return super().memory_bytes(shape, ahead) + weights
 
 
-NAMES = (
-    "dynamic", "static", "deepspeed", "bmc", "bmc_views", "bmc_packed", "bmc_deepspeed",
-)  # fmt: skip
+class BMCViews(BMC):
+    """The cache alone, under torch's attention."""
+
+    name, title, attention = "bmc_views", "BMC, torch attention", "stock"
 
 
-def make(name: str, model: LlamaForCausalLM, r: int) -> GenerateSystem:
-    """The system of that name over the model's weights.
+class BMCPacked(BMC):
+    """Cache, kernel and packed linear layers."""
 
-    Raises:
-        ImportError: it needs a package that is not installed.
-    """
-    match name:
-        case "dynamic":
-            return Dynamic(model)
-        case "static":
-            return Static(model)
-        case "deepspeed":
-            return DeepSpeed(model)
-        case "bmc":
-            return BMC(model, r)
-        case "bmc_views":
-            return BMC(model, r, attention="stock")
-        case "bmc_packed":
-            return BMC(model, r, pack=True)
-        case "bmc_deepspeed":
-            return BMCDeepSpeed(model, r)
-    raise ValueError(f"system {name!r}; allowed: {', '.join(NAMES)}")
+    name, title, packs = "bmc_packed", "BMC, packed linears", True
+
+
+def make(name: str, r: int) -> HuggingFace:
+    """The engine of that name, not started."""
+    if name == "dynamic":
+        return Dynamic()
+    if name == "static":
+        return Static()
+    return {"bmc": BMC, "bmc_views": BMCViews, "bmc_packed": BMCPacked}[name](r)

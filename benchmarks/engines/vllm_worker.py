@@ -9,93 +9,95 @@ from __future__ import annotations
 import time
 from typing import Any
 
-TABLE_ROWS = 16384
-"""Distinct rows of drawn keys and values."""
-
 
 class Worker:
-    """One model, one batch."""
+    """One model, and one batch at a time."""
 
     def start(
         self,
         model: str,
+        dtype: Any,
         backend: str,
         batch: int,
         rows: int,
-        steps: int,
         pool_bytes: int,
         compile: bool,
-        vocabulary: int,
     ) -> dict[str, Any]:
-        """Builds the engine and adds the requests."""
+        """Builds the engine for `batch` sequences of at most `rows` rows."""
         import torch
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
 
         self.torch = torch
-        self.batch = batch
-        llm = LLM(
+        self.llm = LLM(
             model=model,
             skip_tokenizer_init=True,
-            dtype="bfloat16",
+            dtype=dtype,
             enforce_eager=not compile,
-            max_model_len=rows + steps + 16,
+            max_model_len=rows + 16,
             max_num_seqs=batch,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=max(8192, batch),
             kv_cache_memory_bytes=pool_bytes,
             enable_prefix_caching=False,
             attention_backend=backend,
             disable_log_stats=True,
             seed=0,
         )
-        self.engine = llm.llm_engine
+        self.engine = self.llm.llm_engine
         core: Any = self.engine.engine_core
         self.runner = core.engine_core.model_executor.driver_worker.worker.model_runner
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(3, vocabulary, (batch, rows), generator=generator).tolist()
-        parameters = SamplingParams(
-            temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False
-        )
-        for number, prompt in enumerate(prompts):
-            self.engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
         self.tokens: dict[str, list[int]] = {}
-        layers = self._layers()
-        backends = {type(layer.impl).__name__ for layer in layers.values()}
-        return {"threads": torch.get_num_threads(), "backends": sorted(backends)}
+        return {"threads": torch.get_num_threads()}
 
     def _layers(self) -> dict[str, Any]:
         """Attention layers by name."""
         context = self.runner.vllm_config.compilation_config.static_forward_context
         return {name: layer for name, layer in context.items() if hasattr(layer, "impl")}
 
-    def fill(self, drawn: bool) -> dict[str, Any]:
-        """Runs the prompts through; with `drawn` the model is not run: its layers' keys and
-        values are drawn instead, the same in every process, and written as the layers would.
-        """
+    def _abort(self) -> None:
+        """Ends the requests of an earlier batch."""
+        self.engine.abort_request(list(self.tokens))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        self.tokens = {}
+
+    def fill(self, batch: int, rows: int, new: int, drawn: bool) -> dict[str, Any]:
+        """Requests of drawn tokens, run through; with `drawn` the model is not run: its layers'
+        keys and values are drawn instead, the same in every process, and written as the layers
+        would."""
+        from vllm import SamplingParams
+
+        from benchmarks.lib.llama import drawn_tokens
+
+        self._abort()
+        self.batch = batch
         model = self.runner.model
+        vocabulary = self.runner.model_config.get_vocab_size()
+        parameters = SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False
+        )
+        for number, prompt in enumerate(drawn_tokens(vocabulary, batch, rows).tolist()):
+            self.engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
         if drawn:
             model.forward = self._drawn_forward(model)
-        start = time.perf_counter()
         try:
-            while len(self.tokens) < self.batch:
+            while len(self.tokens) < batch:
                 self._step()
         finally:
             if drawn:
                 del model.forward
-        return {"seconds": time.perf_counter() - start}
+        return {}
 
     def _drawn_forward(self, model: Any) -> Any:
-        torch = self.torch
+        from benchmarks.lib.llama import DrawnRows
+
         layers = self._layers()
         first = next(iter(layers.values()))
-        generator = torch.Generator().manual_seed(1)
-        shape = (TABLE_ROWS, first.num_kv_heads, first.head_size)
-        tables = [torch.randn(*shape, generator=generator).to(torch.bfloat16) for _ in range(2)]
+        table = DrawnRows(first.num_kv_heads, first.head_size, self.runner.model_config.dtype)
+        update = self.torch.ops.vllm.unified_kv_cache_update
 
         def forward(input_ids: Any, positions: Any, *_: Any, **__: Any) -> Any:
             for number, name in enumerate(layers):
-                rows = (positions * 7919 + input_ids * 31 + number * 104729) % TABLE_ROWS
-                key, value = (table.index_select(0, rows) for table in tables)
-                torch.ops.vllm.unified_kv_cache_update(key, value, name)
+                update(*table.rows(number, positions, input_ids), name)
             return model.embed_input_ids(input_ids)
 
         return forward
@@ -121,7 +123,7 @@ class Worker:
             )
         return seconds
 
-    def check(self, path: str) -> dict[str, Any]:
+    def logits(self, path: str) -> dict[str, Any]:
         """One decode step; its logits, `[batch, vocabulary]` float32, are written to `path`."""
         torch = self.torch
         model, seen = self.runner.model, []
@@ -141,13 +143,29 @@ class Worker:
         logits = torch.empty_like(seen[-1])
         logits[torch.tensor(order)] = seen[-1]
         torch.save(logits, path)
-        return {"finite": bool(torch.isfinite(logits).all())}
+        return {}
 
     def steps(self, count: int) -> dict[str, Any]:
-        """`count` timed decode steps after one that only wakes the threads."""
-        self._decode()
+        """Seconds of `count` decode steps."""
         return {"seconds": [self._decode() for _ in range(count)]}
 
     def result(self) -> dict[str, Any]:
         """Tokens of every sequence."""
         return {"tokens": [self.tokens[str(number)] for number in range(self.batch)]}
+
+    def generate(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        """Greedily, as a user calls it."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        self._abort()
+        parameters = SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False
+        )
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+        )
+        found = [list(output.outputs[0].token_ids) for output in outputs]
+        return {"tokens": [[*p, *new] for p, new in zip(prompts, found, strict=True)]}

@@ -1,110 +1,87 @@
-"""`python -m benchmarks generate`: a decode step of Hugging Face generation, BMC and its peers.
+"""A decode step of Hugging Face generation, BMC and its peers in turns.
 
-Promises that all systems step in turns over the same weights and the same rows, and that a system
-whose logits or greedy tokens are not those of the cache that it replaces makes the run fail. What
-BMC pays for growing is part of its figure: each case's rows end shortly before a growth, so that
-one falls among the timed steps, and its extra time is spread over the r steps that it serves. Knows
-nothing of how a system is built.
+Promises that all engines step in turns over the same weights and the same rows, and that one whose
+logits or greedy tokens are not those of the cache that it replaces makes the run fail. What BMC
+pays for growing is part of its figure: each case's rows end shortly before a growth, so that one
+falls among the timed steps, and its extra time is spread over the r steps that it serves. Knows
+nothing of how an engine works.
 """
 
 from __future__ import annotations
 
-import random
+import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import LlamaForCausalLM
 
-from benchmarks.engines.llama_cpp import LlamaCpp
-from benchmarks.engines.transformers import NAMES, GenerateSystem, build_model, make
+from benchmarks.engines import HUGGING_FACE, Settings, make
+from benchmarks.engines.base import Batch, Engine, Step, lacking_memory, take_turns
+from benchmarks.generate.cases import FULL, GRID, GenerateCase
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
-from benchmarks.lib.ceilings import MIN_READ_BYTES, available_bytes, read_bandwidth, threads_set
-from benchmarks.lib.llama import MHA, Shape
-from benchmarks.lib.timing import Timing, summary
+from benchmarks.lib.ceilings import Ceilings, Floor, threads_set
+from benchmarks.lib.goals import Goal, Verdict, holding, load
+from benchmarks.lib.llama import MHA, TINY, LlamaShape, RandomLlama, drawn_tokens
+from benchmarks.lib.record import Record, Recorder
+from benchmarks.lib.timing import Budget, Timing, summary
 from bmc_core.costs.measure import Progress
-from bmc_core.machine.load import Neighbors
 
+GOALS = load(Path(__file__).with_name("goals.toml"))
 SPARE_ROWS = 6
 """Rows that fit before the growth that is timed."""
 WARM_STEPS = 2
-TINY = Shape("tiny", 2, 128, 4, 2, 32, intermediate=256, vocabulary=512)
-
-
-class GenerateCase(NamedTuple):
-    """A decode batch: `batch` sequences of about `rows` rows. `grid`: counts for the average."""
-
-    batch: int
-    rows: int
-    grid: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"{self.batch} x {self.rows}"
-
-
-class Goal(NamedTuple):
-    """`system` should be `least` times as fast as `peer` in `case`; "" is the average."""
-
-    system: str
-    peer: str
-    case: str
-    least: float
-
-
-QUICK = (GenerateCase(8, 2000), GenerateCase(1, 2000), GenerateCase(8, 256))
-FULL = tuple(GenerateCase(batch, rows) for batch in (1, 4, 8) for rows in (256, 1000, 2000, 4000))
-GOALS = tuple(
-    Goal(system, peer, case, least)
-    for system, peer, goals in (
-        ("bmc", "dynamic", (7.0, 1.5, 3.2)),
-        ("bmc", "static", (3.3, 1.5, 2.0)),
-        ("bmc_deepspeed", "deepspeed", (7.0, 1.5, 3.2)),
-        ("bmc_packed", "dynamic", (9.0, 2.5, 4.0)),
-        ("bmc_packed", "static", (4.5, 2.5, None)),
-        ("bmc_packed", "deepspeed", (9.0, 2.5, None)),
-        ("bmc_packed", "llama_cpp", (None, 1.0, None)),
-    )
-    for case, least in zip(("8 x 2000", "1 x 2000", ""), goals, strict=True)
-    if least is not None
-)
+PEER_STEPS, BMC_STEPS = 2, 6
+"""Steps of a turn: BMC's must also grow."""
+OUT_OF_TIME = "the quick list's seconds are over; --cases full has no limit"
 
 
 @dataclass(frozen=True)
 class Options:
-    """A run: `rounds` turns; a turn is two steps of a peer and six of a BMC system, which must
-    also grow. `r`: rows per growth. `llama_cpp_python`: interpreter with llama-cpp-python, for
-    llama.cpp as one more system."""
+    """A run: `rounds` turns of two steps of a peer and six of BMC.
+
+    Attributes:
+        r: rows per growth.
+        seconds: for all cases, so that the later ones get fewer rounds, or none; None: no limit.
+        llama_cpp_python: interpreter with llama-cpp-python, for llama.cpp as one more engine.
+    """
 
     cases: Sequence[GenerateCase]
     threads: int
-    systems: Sequence[str] = NAMES
+    systems: Sequence[str] = HUGGING_FACE
     r: int = 128
     rounds: int = 5
-    shape: Shape = field(default=MHA)
-    dtype: torch.dtype = torch.bfloat16
+    shape: LlamaShape = field(default=MHA)
     llama_cpp_python: Path | None = None
+    seconds: float | None = None
 
-    def rows(self, case: GenerateCase) -> int:
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.threads, self.r, self.llama_cpp_python)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return (*self.systems, *(["llama_cpp"] if self.llama_cpp_python else []))
+
+    def batch(self, case: GenerateCase) -> Batch:
         """The case's rows, moved to where a chunk is almost full."""
-        return max(1, round(case.rows / self.r)) * self.r - min(SPARE_ROWS, self.r - 1)
+        rows = max(1, round(case.rows / self.r)) * self.r - min(SPARE_ROWS, self.r - 1)
+        return Batch(case.batch, rows, (BMC_STEPS + 1) * self.rounds + WARM_STEPS + 2)
 
 
-class GenerateRow(NamedTuple):
-    """One system on one case.
+class Row(NamedTuple):
+    """One engine on one case.
 
     Attributes:
         rows: per sequence when timing starts.
         timing: of the steps without a growth.
         growth_ms: what a step with a growth took longer; 0 where none was seen.
         step_ms: median step plus its share of a growth.
-        floor_ms: what reading the weights and the valid rows takes at the measured bandwidth.
-        logits_error: of the first step, relative to those of the system's reference (DynamicCache,
+        floor: what a step takes at least here.
+        logits_error: of the first step, relative to those of the engine's reference (DynamicCache,
             or the peer itself, where that computes otherwise); NaN without it.
         copied_mb, reserved_mb: counted by the cache; NaN where it does not count.
     """
@@ -117,104 +94,79 @@ class GenerateRow(NamedTuple):
     timing: Timing
     growth_ms: float
     step_ms: float
-    floor_ms: float
+    floor: Floor
     logits_error: float
     copied_mb: float
     reserved_mb: float
 
 
-class Verdict(NamedTuple):
-    """A goal, what was measured, and what a system that reads weights and rows at the measured
-    bandwidth and does nothing else would reach; None: a side or a case is missing."""
-
-    goal: Goal
-    measured: float | None
-    at_most: float | None
-
-
-class GenerateReport(NamedTuple):
-    """All that a run found out. `missing`: why a system or a case was not measured; `read_gb_s`:
+class Report(NamedTuple):
+    """All that a run found out. `missing`: why an engine or a case was not measured; `read_gb_s`:
     read bandwidth."""
 
-    rows: list[GenerateRow]
+    record: Record
+    options: Options
+    rows: list[Row]
     failures: list[str]
     missing: list[str]
     verdicts: list[Verdict]
-    options: Options
     read_gb_s: float
-    others: float | None
 
 
-def run(options: Options, tell: Progress = lambda text, fraction: None) -> GenerateReport:
+def run(options: Options, tell: Progress = lambda text, fraction: None) -> Report:
     """Measures every case.
 
     Raises:
         WorkerError: `Options.llama_cpp_python` does not do.
     """
-    neighbors = Neighbors()
-    rows: list[GenerateRow] = []
+    recorder, ceilings = Recorder(), Ceilings()
+    budget = Budget(options.seconds)
     with threads_set(options.threads):
         tell("greedy tokens of a small model", 0.0)
         failures = check_tokens(options)
-        tell("read bandwidth", 0.01)
-        read_gb_s = read_bandwidth(MIN_READ_BYTES).rate
+        tell("ceilings", 0.01)
+        ceilings.floor(1, 1, options.threads, options.shape.dtype)
         tell("building the model", 0.02)
-        most = max(case.rows for case in options.cases) + options.r + 8 * options.rounds + 64
-        model = build_model(options.shape, most, options.dtype, seed=0)
-        with _open_systems(options, model) as (systems, missing):
-            for number, case in enumerate(options.cases):
-                tell(case.name, 0.05 + 0.95 * number / len(options.cases))
-                needed, free = _case_bytes(case, options, len(systems)), available_bytes()
-                if needed > free:
-                    missing.append(
-                        f"{case.name}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
-                        "free; choose fewer systems with --systems"
-                    )
-                    continue
-                measured, wrong = _case(case, options, systems, read_gb_s)
-                rows += measured
-                failures += wrong
+        largest = Batch(*map(max, zip(*map(options.batch, options.cases), strict=True)))
+        model = RandomLlama(options.shape, largest.rows + largest.new_rows + options.r + 1)
+        with started(options, model, largest) as (engines, missing):
+            session = _Session(options, engines, ceilings, missing, failures)
+            session.measure(budget, tell)
     tell("done", 1.0)
-    floors = [row._replace(step_ms=row.floor_ms) if not row.peer else row for row in rows]
-    verdicts = [
-        Verdict(goal, measured_ratio(rows, goal), measured_ratio(floors, goal)) for goal in GOALS
-    ]
-    return GenerateReport(rows, failures, missing, verdicts, options, read_gb_s, neighbors.share())
-
-
-def _case_bytes(case: GenerateCase, options: Options, systems: int) -> int:
-    """K and V of every system, each with room to grow, and a layer's copy."""
-    rows = options.rows(case) + 2 * options.r
-    return (systems + 1) * case.batch * rows * options.shape.row_bytes
+    record = recorder.record()
+    verdicts = judge(session.rows, holding(GOALS, record.isas))
+    read = ceilings.read(options.threads).rate
+    return Report(record, options, session.rows, failures, missing, verdicts, read)
 
 
 @contextmanager
-def _open_systems(
-    options: Options, model: LlamaForCausalLM
-) -> Iterator[tuple[list[GenerateSystem], list[str]]]:
-    """All systems that can run here, and why others cannot."""
-    systems: list[GenerateSystem] = []
+def started(
+    options: Options, model: RandomLlama, largest: Batch
+) -> Iterator[tuple[dict[str, Engine], list[str]]]:
+    """All engines that can run here, and why others cannot."""
+    engines: dict[str, Engine] = {}
     missing = []
     try:
-        for name in options.systems:
+        for name in options.engines:
             try:
-                systems.append(make(name, model, options.r))
+                engines[name] = make(name, options.settings)
             except ImportError as error:
                 missing.append(f'{name}: {error}; pip install "bmc-llm[deepspeed]"')
-        if options.llama_cpp_python is not None:
-            systems.append(LlamaCpp(model, options.llama_cpp_python, options.threads))
-        yield systems, missing
+            else:
+                engines[name].start(model, largest)
+        yield engines, missing
     finally:
-        for system in systems:
-            system.close()
+        for engine in engines.values():
+            engine.close()
+        model.close()
 
 
 def check_tokens(options: Options, new: int = 40) -> list[str]:
-    """Greedy float32 tokens of a small model by every system, against the first one's."""
-    model = build_model(TINY, 256, torch.float32, seed=1)
-    prompts = torch.randint(0, TINY.vocabulary, (3, 21))
-    with _open_systems(replace(options, cases=[], r=16), model) as (systems, _):
-        tokens = {system.title: system.generate(prompts, new) for system in systems}
+    """Greedy float32 tokens of a small model by every engine, against the first one's."""
+    model = RandomLlama(replace(TINY, dtype="float32"), 256, seed=1)
+    prompts = drawn_tokens(TINY.vocabulary, 3, 21)
+    with started(replace(options, r=16), model, Batch(3, 21, new)) as (engines, _):
+        tokens = {engine.title: engine.generate(prompts, new) for engine in engines.values()}
     expected = next(iter(tokens.values()), None)
     return [
         f"greedy float32 tokens of {title} are not those of {next(iter(tokens))}"
@@ -223,88 +175,99 @@ def check_tokens(options: Options, new: int = 40) -> list[str]:
     ]
 
 
-def _case(
-    case: GenerateCase, options: Options, systems: Sequence[GenerateSystem], read_gb_s: float
-) -> tuple[list[GenerateRow], list[str]]:
-    shape, rows = options.shape, options.rows(case)
-    size = (case.batch, shape.kv_heads, rows, shape.head_size)
-    tokens = torch.randint(0, shape.vocabulary, (case.batch, 1))
-    steps = 6 * options.rounds + WARM_STEPS
-    logits: dict[str, torch.Tensor] = {}
-    for layer in range(shape.layers):
-        key, value = (torch.randn(size, dtype=options.dtype) for _ in "kv")
-        for system in systems:
-            system.fill(layer, key, value, steps)
-    for system in systems:
-        logits[system.name] = system.step(tokens).float()
-        for _ in range(WARM_STEPS - 1):
-            system.step(tokens)
-    seconds, growths = _alternate(systems, tokens, options.rounds)
-    result, failures = [], []
-    for system in systems:
-        timing = summary(seconds[system.name])
-        error = float("nan")
-        if system.reference in logits:
-            error = relative_error(logits[system.name], logits[system.reference])
-            if not error <= LOGIT_TOLERANCE:
-                failures.append(
-                    f"{case.name}: the logits of {system.title} differ from {system.reference}'s "
-                    f"by {error:.1e}; allowed: {LOGIT_TOLERANCE}"
-                )
-        extra = 0.0
-        if growths[system.name]:
-            extra = max(0.0, statistics.median(growths[system.name]) * 1e3 - timing.ms)
-        stats = system.stats()
-        nan = float("nan")
-        result.append(
-            GenerateRow(
-                case,
-                rows,
-                system.name,
-                system.title,
-                system.peer,
-                timing,
-                extra,
-                timing.ms + extra / options.r,
-                shape.step_bytes(case.batch, rows) / read_gb_s / 1e6,
-                error,
-                nan if stats is None else stats.bytes_copied / 1e6,
-                nan if stats is None else stats.bytes_reserved / 1e6,
-            )
+class _Session:
+    """The loop over cases."""
+
+    def __init__(
+        self,
+        options: Options,
+        engines: Mapping[str, Engine],
+        ceilings: Ceilings,
+        missing: list[str],
+        failures: list[str],
+    ) -> None:
+        self.options, self.engines, self.ceilings = options, engines, ceilings
+        self.missing, self.failures = missing, failures
+        self.rows: list[Row] = []
+
+    def measure(self, budget: Budget, tell: Progress) -> None:
+        cases = self.options.cases
+        for number, case in enumerate(cases):
+            tell(case.name, 0.05 + 0.95 * number / len(cases))
+            batch = self.options.batch(case)
+            lacking = lacking_memory(self.engines, self.options.shape, batch)
+            if budget.is_spent():
+                self.missing.append(f"{case.name}: {OUT_OF_TIME}")
+            elif lacking is not None:
+                advice = "choose fewer systems with --systems"
+                self.missing.append(f"{case.name}: {lacking}; {advice}")
+            else:
+                self._case(case, batch, budget.part(len(cases) - number))
+
+    def _case(self, case: GenerateCase, batch: Batch, budget: Budget) -> None:
+        logits: dict[str, torch.Tensor] = {}
+        for name, engine in self.engines.items():
+            engine.fill(batch)
+            logits[name] = engine.logits()
+            engine.step(WARM_STEPS - 1)
+        steps = take_turns(
+            self.engines,
+            self.options.rounds,
+            lambda engine: PEER_STEPS if engine.peer else BMC_STEPS,
+            budget,
         )
-        system.cache = None
-    return result, failures
+        for name, engine in self.engines.items():
+            error = math.nan
+            if engine.reference in logits:
+                error = relative_error(logits[name], logits[engine.reference])
+                if not error <= LOGIT_TOLERANCE:
+                    self.failures.append(
+                        f"{case.name}: the logits of {engine.title} differ from "
+                        f"{engine.reference}'s by {error:.1e}; allowed: {LOGIT_TOLERANCE}"
+                    )
+            self.rows.append(self._row(case, batch, engine, steps[name], error))
+
+    def _row(
+        self, case: GenerateCase, batch: Batch, engine: Engine, steps: list[Step], error: float
+    ) -> Row:
+        options, shape = self.options, self.options.shape
+        timing = summary([step.seconds for step in steps if not step.grew])
+        growths = [step.seconds * 1e3 for step in steps if step.grew]
+        growth_ms = max(0.0, statistics.median(growths) - timing.ms) if growths else 0.0
+        counted = engine.counted()
+        work = (batch.sequences, batch.rows)
+        return Row(
+            case,
+            batch.rows,
+            engine.name,
+            engine.title,
+            engine.peer,
+            timing,
+            growth_ms,
+            timing.ms + growth_ms / options.r,
+            self.ceilings.floor(
+                shape.step_bytes(*work), shape.step_flops(*work), options.threads, shape.dtype
+            ),
+            error,
+            math.nan if counted is None else counted.bytes_copied / 1e6,
+            math.nan if counted is None else counted.bytes_reserved / 1e6,
+        )
 
 
-def _alternate(
-    systems: Sequence[GenerateSystem], tokens: torch.Tensor, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of the steps without a growth, and of those with one, by system."""
-    seconds: dict[str, list[float]] = {system.name: [] for system in systems}
-    growths: dict[str, list[float]] = {system.name: [] for system in systems}
-    order, draw = list(systems), random.Random(0)
-    for _ in range(rounds):
-        draw.shuffle(order)  # what one leaves behind (freed memory, caches) meets all others
-        for system in order:
-            for _ in range(2 if system.peer else 6):
-                before = _growths(system)
-                start = time.perf_counter()
-                system.step(tokens)
-                taken = time.perf_counter() - start
-                (seconds if _growths(system) == before else growths)[system.name].append(taken)
-    return seconds, growths
+def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
+    """Each goal; no engine of ours is faster than the floor."""
+    at_floor = [row._replace(step_ms=row.floor.ms) if not row.peer else row for row in rows]
+    return [
+        Verdict(goal.case, goal, measured_ratio(rows, goal), measured_ratio(at_floor, goal))
+        for goal in goals
+    ]
 
 
-def _growths(system: GenerateSystem) -> int:
-    stats = system.stats()
-    return 0 if stats is None else stats.growths
-
-
-def measured_ratio(rows: Sequence[GenerateRow], goal: Goal) -> float | None:
+def measured_ratio(rows: Sequence[Row], goal: Goal) -> float | None:
     """The peer's time over the system's in the goal's case, or the mean of that ratio over the
     grid, if all of it was measured."""
     ms = {(row.case, row.system): row.step_ms for row in rows}
-    cases = [case for case in FULL if not goal.case or case.name == goal.case]
-    sides = [(ms.get((case, goal.system)), ms.get((case, goal.peer))) for case in cases]
+    cases = [case for case in FULL if goal.case in (GRID, case.name)]
+    sides = [(ms.get((case, goal.system)), ms.get((case, goal.against))) for case in cases]
     ratios = [peer / ours for ours, peer in sides if ours is not None and peer is not None]
-    return statistics.fmean(ratios) if len(ratios) == len(cases) else None
+    return statistics.fmean(ratios) if ratios and len(ratios) == len(cases) else None

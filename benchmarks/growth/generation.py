@@ -11,30 +11,23 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerationConfig
 
+from benchmarks.lib.llama import LlamaShape, RandomLlama, drawn_tokens
 from bmc_core.kv_store import RowsStore
 from bmc_core.kv_store.base import rows_to_hold
 from bmc_core.policy import BMCPolicy
 from bmc_transformers import BMCCache, register_attention
 from bmc_transformers.layers import BMCLayer
 
-PATHS = ("padded", "sdpa", "native")
+ATTENTIONS = ("padded", "sdpa", "native")
 """How a step attends: torch's sdpa over every row that is held, with a mask (the paper's scheme);
 torch's sdpa over views of the valid rows; the native kernel over packed rows."""
 
 
-class ModelShape(NamedTuple):
-    """A Llama whose K and V weigh much beside its weights; float32."""
-
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 8
-    kv_heads: int = 8
-    head_size: int = 64
-    intermediate: int = 256
-    vocabulary: int = 512
+SHAPE = LlamaShape("growth", 4, 128, 8, 8, 64, intermediate=256, vocabulary=512, dtype="float32")
+"""A Llama whose K and V weigh much beside its weights."""
 
 
 class Generated(NamedTuple):
@@ -117,29 +110,16 @@ class _Clock(StoppingCriteria):
 class Generator:
     """The model, and prompts of any length."""
 
-    def __init__(self, shape: ModelShape, batch_size: int, most_rows: int, seed: int = 0) -> None:
+    def __init__(self, shape: LlamaShape, batch_size: int, most_rows: int) -> None:
         register_attention()
-        torch.manual_seed(seed)
-        self.config = LlamaConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_size,
-            vocab_size=shape.vocabulary,
-            max_position_embeddings=most_rows + 1,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        self.model = LlamaForCausalLM(self.config).eval()
+        self.model: Any = RandomLlama(shape, most_rows + 1).module
+        self.config = self.model.config
         self.batch_size = batch_size
-        self._prompts = torch.randint(0, shape.vocabulary, (batch_size, most_rows))
+        self._prompts = drawn_tokens(shape.vocabulary, batch_size, most_rows)
 
     def generate(
         self,
-        path: str,
+        attention: str,
         policy: BMCPolicy | None,
         prompt_rows: int,
         new_rows: int,
@@ -148,14 +128,14 @@ class Generator:
         """Greedy tokens for `new_rows` decode steps after a prompt.
 
         Args:
-            path: one of `PATHS`.
+            attention: one of `ATTENTIONS`.
             policy: of the cache; None: transformers' own cache, for comparing the tokens.
             limit: rows that the cache is told to expect at most.
         """
-        self.model.set_attn_implementation("bmc" if path == "native" else "sdpa")
+        self.model.set_attn_implementation("bmc" if attention == "native" else "sdpa")
         cache = None
         if policy is not None:
-            make = PaddedCache if path == "padded" else BMCCache
+            make = PaddedCache if attention == "padded" else BMCCache
             cache = make(self.model.config, policy, max_length=limit)
         clock = _Clock()
         prompt = self._prompts[:, :prompt_rows]

@@ -1,6 +1,6 @@
-"""What is measured: attention cases, their goals, and the lists `quick` and `full`.
+"""What the kernel benchmark measures: attention cases, and the lists `quick` and `full`.
 
-Promises plain data only. Knows nothing of systems, tensors and clocks.
+Promises plain data only. Knows nothing of operators, tensors and clocks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["decode", "verification", "prefill", "mixed", "write"]
-Metric = Literal["read_share", "gflops", "ratio", "cost", "spread", "efficiency", "parts"]
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP8_CACHES = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -21,43 +20,6 @@ TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-4}
 FP8_PEER_TOLERANCE = 7e-2
 """What a peer may be off over a quantized cache: CPU_ATTN's e4m3 is 4 to 5 % off even where the
 cache can hold every value exactly. BMC is held to `TOLERANCE`."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure that BMC should reach on a case.
-
-    Attributes:
-        metric: `read_share` (KV bytes/s over the measured read bandwidth), `gflops`, `ratio`
-            (a peer's time over ours), `cost` (our time over our time on another case), `spread`
-            (largest over smallest time of a group, less 1), `efficiency` (of a thread count),
-            `parts` (our time over the sum of our times on the group's other cases).
-        bound: the figure.
-        against: the peer of a `ratio`, the case name of a `cost`.
-    """
-
-    metric: Metric
-    bound: float
-    against: str = ""
-
-    @property
-    def at_most(self) -> bool:
-        return self.metric in ("cost", "spread", "parts")
-
-    def met_by(self, value: float) -> bool:
-        return value <= self.bound if self.at_most else value >= self.bound
-
-    def __str__(self) -> str:
-        sign = "<=" if self.at_most else ">="
-        return {
-            "read_share": f"{sign} {self.bound:.2f} of read bandwidth",
-            "gflops": f"{sign} {self.bound:.0f} GFLOP/s",
-            "ratio": f"{sign} {self.bound:.2g}x {self.against}",
-            "cost": f"{sign} {self.bound:.2g} of {self.against}",
-            "spread": f"spread {sign} {self.bound:.0%}",
-            "parts": f"{sign} {self.bound:.2f} of its parts' sum",
-            "efficiency": f"efficiency {sign} {self.bound:.2f} until the bandwidth is reached",
-        }[self.metric]
 
 
 @dataclass(frozen=True)
@@ -95,7 +57,6 @@ class Case:
     threads: int = 0
     planning: bool = False
     group: str = ""
-    goals: tuple[Goal, ...] = ()
     cache: str = ""
 
     @property
@@ -170,7 +131,7 @@ def uniform(
     head_size: int,
     rows: int,
     query_rows: int = 1,
-    *goals: Goal,
+    *,
     dtype: str = "bfloat16",
 ) -> Case:
     """A batch of equal sequences."""
@@ -189,75 +150,49 @@ def uniform(
         kv_heads,
         head_size,
         dtype,
-        goals=goals,
     )
 
 
-def _over(bound: float, peer: str = "CPU_ATTN") -> Goal:
-    return Goal("ratio", bound, peer)
-
-
-def _reads(bound: float) -> Goal:
-    return Goal("read_share", bound)
-
-
-GQA = uniform("decode", 8, 32, 8, 128, 2048, 1, _reads(0.85), _over(2.4), _over(1.3, "SlabPool"))
-MHA = uniform("decode", 8, 32, 32, 64, 2048, 1, _reads(0.90), _over(1.9))
-PREFILL = uniform("prefill", 1, 32, 8, 128, 2048, 2048, _over(1.5), Goal("gflops", 600))
+GQA = uniform("decode", 8, 32, 8, 128, 2048)
+MHA = uniform("decode", 8, 32, 32, 64, 2048)
+PREFILL = uniform("prefill", 1, 32, 8, 128, 2048, 2048)
 
 _DECODES, _CHUNK = (2048,) * 7, (2048,)
-MIXED = Case(
-    "mixed 7 decodes + 512-row chunk",
-    "mixed",
-    _DECODES + _CHUNK,
-    (1,) * 7 + (512,),
-    32,
-    8,
-    128,
-    goals=(_over(1.5),),
-)
+_MIXED_NAME = "mixed 7 decodes + 512-row chunk"
+MIXED = Case(_MIXED_NAME, "mixed", _DECODES + _CHUNK, (1,) * 7 + (512,), 32, 8, 128)
 
 
-def goal_cases() -> list[Case]:
-    """The rows of the project's goal table."""
+def quick_cases() -> list[Case]:
+    """Those that goals are stated for."""
     half_ways = [
-        replace(case, name=f"{case.name} {dtype}", dtype=dtype, goals=(_over(1.3),))
+        replace(case, name=f"{case.name} {dtype}", dtype=dtype)
         for dtype in ("float32", "float16")
         for case in (GQA, MHA)
     ]
     quantized = [
-        replace(case, name=f"{case.name} {cache}", cache=cache, goals=_fp8_goal(case))
+        replace(case, name=f"{case.name} {cache}", cache=cache)
         for cache, case in (("fp8_e4m3", GQA), ("fp8_e4m3", MHA), ("fp8_e5m2", MHA))
     ]
     return [
         GQA,
         MHA,
-        uniform("decode", 1, 32, 8, 128, 8192, 1, _over(2.3)),
-        uniform("decode", 1, 32, 1, 128, 16384, 1, _reads(0.85)),
-        uniform("verification", 8, 32, 8, 128, 2048, 5, _over(4.5), Goal("cost", 1.4, GQA.name)),
-        uniform("verification", 8, 32, 8, 128, 2048, 9, _over(4.0)),
-        uniform("decode", 16, 32, 8, 64, 512, 1, _over(4.0)),
+        uniform("decode", 1, 32, 8, 128, 8192),
+        uniform("decode", 1, 32, 1, 128, 16384),
+        uniform("verification", 8, 32, 8, 128, 2048, 5),
+        uniform("verification", 8, 32, 8, 128, 2048, 9),
+        uniform("decode", 16, 32, 8, 64, 512),
         PREFILL,
-        uniform("prefill", 1, 32, 8, 128, 8192, 512, _over(1.5)),
+        uniform("prefill", 1, 32, 8, 128, 8192, 512),
         MIXED,
         *half_ways,
         *quantized,
-        replace(GQA, name="write 8x1 h32/8 d128", kind="write", goals=_write_goal(GQA)),
-        replace(MHA, name="write 8x1 h32/32 d64", kind="write", goals=_write_goal(MHA)),
+        replace(GQA, name="write 8x1 h32/8 d128", kind="write"),
+        replace(MHA, name="write 8x1 h32/32 d64", kind="write"),
     ]
 
 
-def _fp8_goal(plain: Case) -> tuple[Goal, ...]:
-    """1.6 times as fast as our own attention over a cache that is not quantized."""
-    return (Goal("cost", 1 / 1.6, plain.name),)
-
-
-def _write_goal(step: Case) -> tuple[Goal, ...]:
-    return (Goal("cost", 0.05, step.name),)
-
-
 def shape_cases() -> list[Case]:
-    """More shapes of the same kernels: no goal of their own."""
+    """More shapes of the same kernels."""
     return [
         uniform("decode", 1, 32, 8, 128, 2048),
         uniform("decode", 1, 16, 4, 128, 512),
@@ -265,7 +200,7 @@ def shape_cases() -> list[Case]:
         uniform("verification", 8, 32, 32, 64, 2048, 5),
         uniform("verification", 1, 32, 8, 128, 8192, 9),
         uniform("prefill", 1, 32, 32, 64, 2048, 2048),
-        replace(PREFILL, name=f"{PREFILL.name} float32", dtype="float32", goals=()),
+        replace(PREFILL, name=f"{PREFILL.name} float32", dtype="float32"),
         _ragged("decode ragged 8x256..16384 h32/8 d128"),
     ]
 
@@ -286,7 +221,6 @@ def width_cases() -> list[Case]:
             table_factor=factor,
             planning=True,
             group=group,
-            goals=(Goal("spread", 0.05),),
         )
         for factor in (1, 2, 4, 8, 16)
     ]
@@ -304,7 +238,6 @@ def layout_cases() -> list[Case]:
                     block_size=block_size,
                     run_rows=run,
                     group=f"r and scatter, blocks of {block_size} rows",
-                    goals=(Goal("spread", 0.05),),
                 )
             )
     return cases
@@ -322,7 +255,6 @@ def thread_cases(threads: int) -> list[Case]:
                     name=f"threads {count}: {case.name}",
                     threads=count,
                     group=f"threads, {case.name}",
-                    goals=(Goal("efficiency", 0.9),) if count > 1 else (),
                 )
             )
     return cases
@@ -332,32 +264,16 @@ def mixed_parts() -> list[Case]:
     """The mixed batch and its two halves: together they should cost what they cost apart."""
     group = "mixed batch and its parts"
     return [
-        replace(MIXED, name="parts: both", group=group, goals=(Goal("parts", 1.05),)),
+        replace(MIXED, name="parts: both", group=group),
         replace(
             MIXED, name="parts: decodes", seq_lens=_DECODES, query_lens=(1,) * 7, group=group,
-            goals=(), kind="decode",
+            kind="decode",
         ),
         replace(
             MIXED, name="parts: chunk", seq_lens=_CHUNK, query_lens=(512,), group=group,
-            goals=(), kind="prefill",
+            kind="prefill",
         ),
     ]  # fmt: skip
-
-
-def with_goals_of(cases: Iterable[Case], isa: str) -> list[Case]:
-    """The goals for a forced instruction set: without bfloat16 instructions they are no more than
-    to be no slower than CPU_ATTN forced to the same; the portable code has none."""
-    if isa.endswith("_bf16"):
-        return list(cases)
-    changed = []
-    for case in cases:
-        goals = [goal for goal in case.goals if goal.at_most or goal.metric == "efficiency"]
-        if case.goals and case.kind != "write" and not case.group:
-            goals.insert(0, _over(1.0))
-        if isa == "portable":
-            goals = []
-        changed.append(replace(case, goals=tuple(goals)))
-    return changed
 
 
 def select(
@@ -366,18 +282,18 @@ def select(
     """The cases of a run.
 
     Args:
-        which: `quick` (the goal table) or `full`.
+        which: `quick` or `full`.
         threads: those of the run; for the cases with fewer.
         only: regular expression that a name must contain; if no quick case has it, the full list
             is searched.
-        dtype: every case in this dtype; goals stay only where they were stated for it.
+        dtype: every case in this dtype; one that is not of it says so in its name.
 
     Raises:
         ValueError: no case is left, `which` is unknown, or `only` is no regular expression.
     """
     if which not in ("quick", "full"):
         raise ValueError(f"--cases is {which!r}; allowed: quick, full")
-    cases = goal_cases()
+    cases = quick_cases()
     if which == "full":
         cases += [*shape_cases(), *width_cases(), *layout_cases(), *mixed_parts()]
         cases += thread_cases(threads)
@@ -402,7 +318,9 @@ def _in_dtype(cases: Iterable[Case], dtype: str) -> list[Case]:
         raise ValueError(f"--dtype is {dtype!r}; allowed: {', '.join(ELEMENT_BYTES)}")
     stated: dict[tuple[object, ...], Case] = {}
     for case in cases:
-        same = case if case.dtype == dtype else replace(case, dtype=dtype, goals=())
+        same = case
+        if case.dtype != dtype:
+            same = replace(case, dtype=dtype, name=f"{case.name} {dtype}")
         layout = (same.table_factor, same.block_size, same.run_rows, same.threads)
         key = (same.kind, same.group, same.inputs_key, layout)
         if key not in stated or case.dtype == dtype:

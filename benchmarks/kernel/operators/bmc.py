@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.kernel.cases import FP8_CACHES, Case
 from benchmarks.kernel.inputs import Inputs, layout
-from benchmarks.kernel.operators.base import Arena, System, Trial, Unusable, rows_to_load
+from benchmarks.kernel.operators.base import Arena, Operator, Trial, Unusable, rows_to_load
 from bmc_core import native
 from bmc_core.attention import AttentionBatch, paged_attention, write_kv
 
@@ -14,7 +14,7 @@ BLOCK_SIZE = 32
 """Rows of a block where the case names none: what the vLLM plugin sets by itself."""
 
 
-class BMC(System):
+class BMC(Operator):
     """`bmc_core.attention` with the instruction set that `bmc_core.native` uses.
 
     Raises:
@@ -70,7 +70,7 @@ class _BMCTrial(Trial):
         self.caches[0].view(torch.uint8).zero_()  # as an engine's pool begins
         write_kv(*rows_to_load(self.inputs), self.caches[0], self.layout.slots)
 
-    def spread(self) -> None:
+    def replicate(self) -> None:
         for cache in self.caches[1:]:
             cache.copy_(self.caches[0])
 

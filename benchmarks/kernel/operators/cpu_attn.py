@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.kernel.cases import Case
 from benchmarks.kernel.inputs import Inputs, layout
-from benchmarks.kernel.operators.base import Arena, System, Trial, Unusable, rows_to_load
+from benchmarks.kernel.operators.base import Arena, Operator, Trial, Unusable, rows_to_load
+from benchmarks.lib.instruction_sets import best_of_machine
 
 BLOCK_SIZE = 128
 """Rows of a block where the case names none: vLLM's default on CPUs."""
@@ -30,15 +31,6 @@ LIBRARIES = {
 """vLLM's build by the instruction set it is compiled for (ours name it; portable has no match)."""
 
 _loaded: str | None = None
-
-
-def build_for_this_machine() -> str:
-    """The instruction set that vLLM would choose by itself, in BMC's names."""
-    if torch.cpu._is_avx512_supported():
-        if not torch.cpu._is_avx512_bf16_supported():
-            return "avx512"
-        return "amx_bf16" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
-    return "avx2"
 
 
 def load_operators(isa: str) -> None:
@@ -65,7 +57,7 @@ def load_operators(isa: str) -> None:
             raise Unusable(f"CPU_ATTN: vLLM's {library} does not load: {error}") from None
     if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         raise Unusable(f"CPU_ATTN: vLLM's {library} has no operator cpu_attention_with_kv_cache")
-    if LIBRARIES[build_for_this_machine()] == "_C" == library:
+    if LIBRARIES[best_of_machine()] == "_C" == library:
         torch.cpu._init_amx()  # asks the system for tile registers where there are any
     _loaded = library
 
@@ -77,7 +69,7 @@ def kernel_name(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -
     return "amx" if isa == "amx_bf16" and dtype == torch.bfloat16 else "vec"
 
 
-class CPUAttn(System):
+class CPUAttn(Operator):
     """vLLM's `cpu_attention_with_kv_cache`.
 
     Args:
@@ -92,7 +84,7 @@ class CPUAttn(System):
     title = "CPU_ATTN"
 
     def __init__(self, arena: Arena, isa: str | None = None) -> None:
-        self.isa = isa or build_for_this_machine()
+        self.isa = isa or best_of_machine()
         load_operators(self.isa)
         if self.isa == "portable":
             self.isa = "avx2"
@@ -170,7 +162,7 @@ class _CPUAttnTrial(Trial):
         self.whole[0].zero_()
         self._store(*rows_to_load(self.inputs), 0, self.layout.slots)
 
-    def spread(self) -> None:
+    def replicate(self) -> None:
         for cache in self.whole[1:]:
             cache.copy_(self.whole[0])
 

@@ -11,10 +11,10 @@ import torch.nn.functional as functional
 
 from benchmarks.kernel.cases import Case
 from benchmarks.kernel.inputs import Inputs
-from benchmarks.kernel.operators.base import Arena, System, Trial, rows_to_load
+from benchmarks.kernel.operators.base import Arena, Operator, Trial, rows_to_load
 
 
-class Sdpa(System):
+class Sdpa(Operator):
     """`torch.nn.functional.scaled_dot_product_attention`, grouped-query heads by `enable_gqa`."""
 
     name = "sdpa"
@@ -92,7 +92,7 @@ class _SdpaTrial(Trial):
             for part, cache in zip(self.parts, self.caches[0], strict=True):
                 cache[kind].copy_(self._by_sequence(rows, self.case.seq_lens, part))
 
-    def spread(self) -> None:
+    def replicate(self) -> None:
         for memory in self.flat[1:]:
             memory.copy_(self.flat[0])
 

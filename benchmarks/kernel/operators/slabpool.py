@@ -1,4 +1,4 @@
-"""SlabPool: AMD's pace-vllm, in a child process of the Python environment that has it."""
+"""SlabPool: AMD's pace-vllm, in a worker process of the Python environment that has it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernel.cases import Case
 from benchmarks.kernel.inputs import Inputs
-from benchmarks.kernel.operators.base import System, Trial, Unusable
+from benchmarks.kernel.operators.base import Operator, Trial, Unusable
 from benchmarks.lib.answers import relative_error
 from benchmarks.lib.worker_client import WorkerError, WorkerProcess, worker_command
 
@@ -18,7 +18,7 @@ START_SECONDS = 120.0
 CALL_SECONDS = 120.0
 
 
-class SlabPool(System):
+class SlabPool(Operator):
     """`torch.classes.pace.SlabPool` in another process, timed there, in turns with ours.
 
     Args:
@@ -36,11 +36,11 @@ class SlabPool(System):
         self.target = target
         self.folder = tempfile.TemporaryDirectory()
         try:
-            self.child = WorkerProcess(f"--pace-python {python}", worker_command(python, WORKER))
+            self.worker = WorkerProcess(f"--pace-python {python}", worker_command(python, WORKER))
             try:
-                answer = self.child.ask(START_SECONDS, do="hello")
+                answer = self.worker.ask(START_SECONDS, do="hello")
             except WorkerError:
-                self.child.close()
+                self.worker.close()
                 raise
         except WorkerError as error:
             self.folder.cleanup()
@@ -61,7 +61,7 @@ class SlabPool(System):
         return _SlabPoolTrial(case, inputs, threads, self)
 
     def close(self) -> None:
-        self.child.close()
+        self.worker.close()
         self.folder.cleanup()
 
 
@@ -70,7 +70,7 @@ class _SlabPoolTrial(Trial):
 
     def __init__(self, case: Case, inputs: Inputs, threads: int, system: SlabPool) -> None:
         super().__init__(case, inputs, threads)
-        self.child = system.child
+        self.worker = system.worker
         self.folder = Path(system.folder.name)
         self.sets = system.target // case.set_bytes + 2
         self.out = torch.empty(0)
@@ -101,28 +101,28 @@ class _SlabPoolTrial(Trial):
             },
             path,
         )
-        self.child.ask(
+        self.worker.ask(
             CALL_SECONDS, do="prepare", inputs=str(path), sets=self.sets, threads=self.threads
         )
         path.unlink()
 
-    def spread(self) -> None:
+    def replicate(self) -> None:
         """`load` filled every set."""
 
     def call(self, index: int) -> None:
         self.measure(index)
 
     def measure(self, index: int) -> float:
-        return float(self.child.ask(CALL_SECONDS, do="call", index=index)["seconds"])
+        return float(self.worker.ask(CALL_SECONDS, do="call", index=index)["seconds"])
 
     def attend(self, number: int) -> None:
         path = self.folder / "output.pt"
-        self.child.ask(CALL_SECONDS, do="check", output=str(path))
+        self.worker.ask(CALL_SECONDS, do="check", output=str(path))
         self.out = torch.load(path, weights_only=True)
         path.unlink()
 
     def write(self, number: int) -> None:
-        """Part of what the child does to be checked."""
+        """Part of what the worker does to be checked."""
 
     def poison(self) -> None:
         self.out = torch.full(self.inputs.query.shape, float("nan"))

@@ -1,8 +1,8 @@
 """The worker of `operators/slabpool.py`: AMD's SlabPool, in the Python that has pace-vllm.
 
 Run by `lib/worker_loop.py`, with nothing of this project importable: only torch and the compiled
-library inside the package pace_vllm are used, neither vLLM nor the package's own start-up (which asks for a
-range of vLLM versions).
+library inside the package pace_vllm are used, neither vLLM nor the package's own start-up (which
+asks for a range of vLLM versions).
 """
 
 import importlib.metadata

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
+from benchmarks.engines.base import Batch
 from benchmarks.engines.llama_cpp import LlamaCpp, _save
-from benchmarks.engines.transformers import build_model
-from benchmarks.generate.run import TINY, GenerateCase, Options, run
+from benchmarks.generate.cases import GenerateCase
+from benchmarks.generate.run import Options, run
+from benchmarks.lib.llama import TINY, RandomLlama
 from benchmarks.lib.worker_client import WorkerError
 
 PYTHON = os.environ.get("BMC_TEST_LLAMA_CPP_PYTHON")
@@ -35,7 +38,7 @@ def rotate_neighbors(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("gguf")
-    return folder, _save(build_model(TINY, 64, torch.bfloat16, seed=0), folder)
+    return folder, _save(RandomLlama(TINY, 64).module, folder)
 
 
 def test_every_weight_has_its_gguf_name(saved: tuple[Path, list[str]]) -> None:
@@ -52,7 +55,7 @@ def test_every_weight_has_its_gguf_name(saved: tuple[Path, list[str]]) -> None:
 @pytest.mark.parametrize(("name", "heads"), [("q", TINY.heads), ("k", TINY.kv_heads)])
 def test_rotary_pairs_are_neighbors(saved: tuple[Path, list[str]], name: str, heads: int) -> None:
     """Scores of rotated rows are what they were: the same pairs turn by the same angles."""
-    model = build_model(TINY, 64, torch.bfloat16, seed=0)
+    model = RandomLlama(TINY, 64).module
     weight = getattr(model.model.layers[1].self_attn, f"{name}_proj").weight.float()
     array = np.load(saved[0] / f"blk.1.attn_{name}.weight.npy")
     permuted = torch.from_numpy(array).view(torch.bfloat16).float()
@@ -73,8 +76,10 @@ def test_rotary_pairs_are_neighbors(saved: tuple[Path, list[str]], name: str, he
     [(sys.executable, "No module named '(gguf|llama_cpp)'"), ("/does/not/exist", "does not start")],
 )
 def test_an_interpreter_that_does_not_do_is_an_error(python: str, message: str) -> None:
+    engine = LlamaCpp(Path(python), 1)
     with pytest.raises(WorkerError, match=f"--llama-cpp-python {python}: .*{message}"):
-        LlamaCpp(build_model(TINY, 64, torch.float32, seed=0), Path(python), 1)
+        engine.start(RandomLlama(replace(TINY, dtype="float32"), 64), Batch(1, 8, 8))
+    engine.close()
     arguments = ["generate", "--batch=1", "--rows=40", "--systems=dynamic", "--rounds=2"]
     result = CliRunner().invoke(app, [*arguments, f"--llama-cpp-python={python}"])
     assert result.exit_code == 3
@@ -90,7 +95,7 @@ def test_llama_cpp_is_measured_and_right() -> None:
     """Greedy float32 tokens are those of DynamicCache, and a bfloat16 case is timed."""
     assert PYTHON is not None
     case = GenerateCase(2, 40)
-    options = Options([case], 1, ("dynamic", "bmc"), 16, 2, TINY, llama_cpp_python=Path(PYTHON))
+    options = Options([case], 1, ("dynamic", "bmc"), 16, 2, TINY, Path(PYTHON))
     report = run(options)
     assert report.failures == []
     assert [row.system for row in report.rows] == ["dynamic", "bmc", "llama_cpp"]
