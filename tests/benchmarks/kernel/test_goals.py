@@ -68,3 +68,25 @@ def test_efficiency_is_of_every_thread_count(report: Report) -> None:
     assert verdict.case == "thread 2"
     assert verdict.value == pytest.approx(0.75)
     assert verdict.met is False
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "gemm_gflops", "below"),
+    [
+        ("decode 1x16384 h32/1 d128", "read_share", 400.0, True),
+        ("decode 1x16384 h32/1 d128", "read_share", 4000.0, False),
+        ("prefill 1x2048 q2048 h32/8 d128", "gflops", 472.0, True),
+        ("prefill 1x2048 q2048 h32/8 d128", "gflops", 890.0, False),
+    ],
+)
+def test_goals_of_a_faster_machine_are_marked(
+    report: Report, name: str, metric: str, gemm_gflops: float, below: bool
+) -> None:
+    """32 query heads on one KV head are bound by products where there is no AMX."""
+    (case,) = (case for case in cases.quick_cases() if case.name == name)
+    ours = next(row for row in report.rows if row.system == "bmc")
+    row = ours._replace(case=case, read_gb_s=40.0, gemm_gflops=gemm_gflops)
+    zen = InstructionSets("avx512_bf16", "avx512_bf16")
+    verdicts = [v for v in judge([row], [], zen, GOALS) if v.goal.metric == metric]
+    assert [v.below_floor for v in verdicts] == [below]
+    assert row.floor.binds == ("reads" if "decode" in name and not below else "products")
