@@ -202,9 +202,9 @@ class _Session:
                 advice = "choose fewer systems with --systems"
                 self.missing.append(f"{case.name}: {lacking}; {advice}")
             else:
-                self._case(case, batch, budget.part(len(cases) - number))
+                self._case(case, batch, budget, len(cases) - number)
 
-    def _case(self, case: GenerateCase, batch: Batch, budget: Budget) -> None:
+    def _case(self, case: GenerateCase, batch: Batch, budget: Budget, cases_left: int) -> None:
         logits: dict[str, torch.Tensor] = {}
         for name, engine in self.engines.items():
             engine.fill(batch)
@@ -214,7 +214,7 @@ class _Session:
             self.engines,
             self.options.rounds,
             lambda engine: PEER_STEPS if engine.peer else BMC_STEPS,
-            budget,
+            budget.part(cases_left),  # filling is over: shared out are the seconds for steps
         )
         for name, engine in self.engines.items():
             error = math.nan

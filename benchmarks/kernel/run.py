@@ -202,25 +202,28 @@ class _Session:
             if budget.is_spent():
                 self.missing += [f"{case.name}: {OUT_OF_TIME}" for case in cases]
                 continue
-            self._batch(cases, number / len(todo), 1 / len(todo), budget.part(len(todo) - number))
+            self._batch(cases, number, len(todo), budget)
         self.tell("done", 1.0)
 
-    def _batch(self, cases: list[Case], done: float, part: float, limit: Budget) -> None:
-        """One case, or the cases of one group, on every operator that takes them."""
+    def _batch(self, cases: list[Case], number: int, count: int, budget: Budget) -> None:
+        """One case, or the cases of one group, on every operator that takes them: the batch
+        `number` of `count`."""
+        done = number / count
         text = cases[0].group or cases[0].name
         self.tell(f"{text}: preparing", done)
         prepared = self._prepare(cases)
         trials = [trial for _, trial, _ in prepared]
         for operator in self.operators:
             same = [trial for other, trial, _ in prepared if other is operator]
-            for number, trial in enumerate(same):
-                trial.first_set = number * trial.sets // len(same)
+            for place, trial in enumerate(same):
+                trial.first_set = place * trial.sets // len(same)
         timings = alternate(
             trials,
             self.options.seconds * max(1.0, len(cases) / 2),
             min_rounds=self.options.min_rounds,
-            limit=limit,
-            tick=lambda fraction: self.tell(text, done + part * fraction),
+            # Shared out now: what was slow to prepare is timed as often as the others.
+            limit=budget.part(count - number),
+            tick=lambda fraction: self.tell(text, done + fraction / count),
         )
         # What was right before may have been spoiled since: the larger error counts.
         errors = [max(error, trial.check()) for _, trial, error in prepared]
