@@ -1,6 +1,11 @@
-"""Comparative benchmarks: `python -m benchmarks kernel` and `python -m benchmarks step`.
+"""Comparative benchmarks, `python -m benchmarks COMMAND`, one package a command:
+
+    kernel     one layer's attention: BMC, vLLM's CPU_ATTN and torch's sdpa
+    step       a whole decode step of vLLM: BMC against CPU_ATTN
+    generate   a decode step of Hugging Face generation and DeepSpeed, with BMC and without
+    growth     the r that the analytical model picks against measured times
 
 Promises that every number stands beside its peers' and beside this machine's measured ceilings,
-all from one run, and that a system whose answer is wrong fails the run. Knows nothing of how
-any of the systems works inside.
+all from one run, and that a system whose answer is wrong fails the run. `lib` knows no command,
+`engines` (whole frameworks) neither, and no command knows another.
 """

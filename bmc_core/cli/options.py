@@ -1,7 +1,7 @@
 """What the commands of `python -m bmc_core` have in common: options, errors, how they show work.
 
 Promises that an option's error names the option, its value and what is allowed, and comes before
-any work is done. Knows no command.
+any work is done, and that importing it does not import torch. Knows no command.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from bmc_core.costs.calibration import Calibration, calibrate
-from bmc_core.costs.geometry import Geometry
 from bmc_core.machine.cpu import num_cores
+
+if TYPE_CHECKING:
+    from bmc_core.costs.calibration import Calibration
+    from bmc_core.costs.geometry import Geometry
 
 
 class Dtype(StrEnum):
@@ -92,6 +94,8 @@ def threads_or_cores(threads: int | None) -> int:
 
 def geometry_of_model(model: Path, dtype: Dtype | None) -> Geometry:
     """Of the option --model, a folder with a Hugging Face config.json."""
+    from bmc_core.costs.geometry import Geometry
+
     allowed = "allowed: a folder with a Hugging Face config.json"
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -127,6 +131,8 @@ def calibrated(
     geometry: Geometry, threads: int | None, refresh: bool, console: Console
 ) -> Calibration:
     """`calibrate` under a progress bar; ends with 3 where there is no memory for it."""
+    from bmc_core.costs.calibration import calibrate
+
     count = threads_or_cores(threads)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with progress_bar(console) as bar:

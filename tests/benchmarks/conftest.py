@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.kernel import Report
+from benchmarks.kernel.run import Report
 from tests.support.kernel_cases import TINY_CASES, tiny_run
 
 

@@ -1,15 +1,18 @@
 """`python -m benchmarks`: help, errors, exit codes."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command_line
-from benchmarks import kernel, step
-from benchmarks.kernel import Report
-from benchmarks.systems import Unusable
+from benchmarks.kernel import run as kernel
+from benchmarks.kernel.operators import Unusable
+from benchmarks.kernel.run import Report
+from benchmarks.step import run as step
 from tests.support.kernel_cases import TINY_CASES
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -27,9 +30,10 @@ def test_help_names_every_option() -> None:
     assert code == 0
     for option in ("cases", "only", "dtype", "isa", "threads", "pace-python", "json", "plot"):
         assert f"--{option}" in text
+    assert "--goals" in text
     code, text = invoke("step", "--help")
     assert code == 0
-    for option in ("only", "bind", "rounds", "steps", "compile", "prefill", "json"):
+    for option in ("only", "bind", "rounds", "steps", "compile", "prefill", "goals", "json"):
         assert f"--{option}" in text
 
 
@@ -75,8 +79,11 @@ def test_a_good_run_ends_with_0_and_writes_files(
     assert picture.exists()
     for case in TINY_CASES:
         assert case.name in text
-    assert "not met" in text
+    assert "Goals for" not in text, "goals are shown only under --goals"
     assert "Read bandwidth" in text
+    code, text = invoke("kernel", "--goals")
+    assert code == 0
+    assert "below the floor here" in text
 
 
 def test_a_wrong_answer_ends_with_1(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
@@ -94,3 +101,17 @@ def test_an_unusable_system_ends_with_3(monkeypatch: pytest.MonkeyPatch) -> None
     code, text = invoke("kernel")
     assert code == 3
     assert "--pace-python x: no package" in text
+
+
+@pytest.mark.parametrize("command", ["", "kernel", "step", "generate", "growth"])
+def test_help_is_there_before_torch_is(command: str) -> None:
+    """In a process of its own: what one command imports, another must not wait for."""
+    arguments = [command] if command else []
+    code = (
+        "import sys; from benchmarks.__main__ import app\n"
+        f"try: app({[*arguments, '--help']})\n"
+        "finally: print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert "Usage" in found.stdout

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from benchmarks.cases import Case, Goal
-from benchmarks.kernel import Options, Report, run
+from benchmarks.kernel.cases import Case
+from benchmarks.kernel.run import Options, Report, run
+from benchmarks.lib.goals import Goal
 
 
 def tiny_case(name: str = "tiny", **fields: Any) -> Case:
@@ -19,22 +20,27 @@ def tiny_case(name: str = "tiny", **fields: Any) -> Case:
 
 
 TINY_CASES = [
-    tiny_case(
-        "decode",
-        goals=(Goal("read_share", 1e-9), Goal("ratio", 1e9, "CPU_ATTN"), Goal("cost", 9, "x")),
-    ),
+    tiny_case("decode"),
     tiny_case("float32", dtype="float32"),
     tiny_case("float16", dtype="float16"),
     tiny_case("verification", kind="verification", query_lens=(5, 3)),
     tiny_case("prefill", kind="prefill", seq_lens=(64,), query_lens=(64,)),
     tiny_case("chunk", kind="prefill", seq_lens=(96,), query_lens=(32,)),
     tiny_case("mixed", kind="mixed", seq_lens=(70, 70, 64), query_lens=(1, 1, 33)),
-    tiny_case("write", kind="write", goals=(Goal("cost", 1e9, "decode"),)),
+    tiny_case("write", kind="write"),
     tiny_case("many heads per KV head", query_heads=32, kv_heads=1),
-    tiny_case("width 1", planning=True, group="width", goals=(Goal("spread", 1e9),)),
-    tiny_case("width 4", planning=True, group="width", table_factor=4, goals=(Goal("spread", 1),)),
+    tiny_case("width 1", planning=True, group="width"),
+    tiny_case("width 4", planning=True, group="width", table_factor=4),
     tiny_case("scatter", block_size=32, run_rows=64, group="scatter"),
     tiny_case("thread 1", threads=1, group="threads"),
+]
+
+TINY_GOALS = [
+    Goal("decode", "read_share", 1e-9),
+    Goal("decode", "ratio", 1e9, against="CPU_ATTN"),
+    Goal("decode", "cost", 9, at_most=True, against="x"),
+    Goal("write", "cost", 1e9, at_most=True, against="decode"),
+    Goal("width", "spread", 1e9, at_most=True),
 ]
 
 
@@ -46,5 +52,6 @@ def tiny_run(cases: list[Case], **fields: Any) -> Report:
         "sets_bytes": 1 << 18,
         "read_bytes": 1 << 20,
         "gemm_size": 128,
+        "goals": TINY_GOALS,
     }
     return run(Options(cases=cases, **{**sizes, **fields}))

@@ -1,0 +1,148 @@
+"""vLLM's engine in a process of its own, with BMC's attention backend or its own, CPU_ATTN.
+
+Promises that both are the same vLLM with the same thread binding and the same rows, written by
+their own backend. Knows nothing of the engine beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engines.base import Batch, Engine, Step
+from benchmarks.lib.llama import LlamaShape, RandomLlama
+from benchmarks.lib.worker_client import WorkerProcess, worker_command
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+TREE = Path(__file__).resolve().parents[2]
+BACKENDS = {"bmc_vllm": "BMC", "cpu_attn": "CPU_ATTN"}
+CALL_SECONDS = 600.0
+"""For a request; the longest ones build an engine, or run prompts through the model."""
+MARGIN = 64
+"""Rows for the tokens that sequences get while others are still prefilled."""
+
+
+class VLLM(Engine):
+    """vLLM over the model's folder.
+
+    Args:
+        name: a key of `BACKENDS`.
+        bind: value of VLLM_CPU_OMP_THREADS_BIND; "": vLLM's own default.
+        compile: with torch.compile.
+        drawn: see `vllm_worker.Worker.fill`.
+
+    Attributes:
+        threads: of the engine, once it is started.
+    """
+
+    reference = "cpu_attn"
+    wakes = 1
+
+    def __init__(
+        self, name: str, bind: str = "", *, compile: bool = False, drawn: bool = True
+    ) -> None:
+        self.name, self.title, self.peer = name, BACKENDS[name], name == "cpu_attn"
+        self.process = f"vLLM, {self.title}"
+        self.bind = bind
+        self.compile = compile
+        self.drawn = drawn
+        self.threads = 0
+        self.worker: WorkerProcess | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def start(self, model: RandomLlama, largest: Batch) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.worker = WorkerProcess(
+            self.process,
+            worker_command(sys.executable, WORKER),
+            environment(self.bind, Path(self.folder.name)),
+        )
+        answer = self._ask(
+            "start",
+            model=str(model.folder()),
+            dtype=model.shape.dtype,
+            backend=self.title,
+            batch=largest.sequences,
+            rows=largest.rows + largest.new_rows + MARGIN,
+            pool_bytes=pool_bytes(model.shape, largest),
+            compile=self.compile,
+        )
+        self.threads = answer["threads"]
+
+    def _ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self.worker is not None, "start comes first"
+        return self.worker.ask(CALL_SECONDS, do=do, **request)
+
+    def fill(self, batch: Batch) -> None:
+        self._ask(
+            "fill",
+            batch=batch.sequences,
+            rows=batch.rows,
+            new=batch.new_rows + MARGIN,
+            drawn=self.drawn,
+        )
+
+    def step(self, count: int) -> list[Step]:
+        self._ask("steps", count=self.wakes)
+        return [Step(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
+
+    def logits(self) -> torch.Tensor:
+        assert self.folder is not None
+        path = Path(self.folder.name) / "logits.pt"
+        self._ask("logits", path=str(path))
+        return torch.load(path, weights_only=True)
+
+    def tokens(self) -> list[list[int]]:
+        return self._ask("result")["tokens"]
+
+    def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
+        return torch.tensor(self._ask("generate", prompts=prompts.tolist(), new=new)["tokens"])
+
+    def memory_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+        """Pool, weights and their packed copies, vLLM itself."""
+        return pool_bytes(shape, batch) + 2 * shape.weight_bytes + (3 << 29)
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
+
+
+def pool_bytes(shape: LlamaShape, batch: Batch) -> int:
+    """KV pool for the batch and its new rows, with room for chunks begun."""
+    rows = batch.rows + batch.new_rows + MARGIN + 512
+    return int(1.1 * batch.sequences * rows * shape.row_bytes)
+
+
+def environment(bind: str, cache: Path) -> dict[str, str]:
+    """Variables of an engine. What vLLM preloads for its own worker processes is preloaded here as
+    well, since the engine runs in the worker itself."""
+    search = [str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **({"VLLM_CPU_OMP_THREADS_BIND": bind} if bind else {}),
+        "VLLM_CACHE_ROOT": str(cache),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LD_PRELOAD": ":".join(map(str, preloads())),
+        "PYTHONPATH": os.pathsep.join(search),
+    }
+
+
+def preloads() -> list[Path]:
+    """vLLM's allocator and torch's OpenMP runtime, where they are."""
+    found: list[Path] = []
+    spec = importlib.util.find_spec("vllm")
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations))) / "libs"
+        found += sorted(folder.glob("libtcmalloc*.so*"))[:1]
+    return found + sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]

@@ -1,0 +1,1 @@
+"""`python -m benchmarks generate`: a decode step of Hugging Face generation and DeepSpeed."""

@@ -1,0 +1,273 @@
+"""A decode step of Hugging Face generation, BMC and its peers in turns.
+
+Promises that all engines step in turns over the same weights and the same rows, and that one whose
+logits or greedy tokens are not those of the cache that it replaces makes the run fail. What BMC
+pays for growing is part of its figure: each case's rows end shortly before a growth, so that one
+falls among the timed steps, and its extra time is spread over the r steps that it serves. Knows
+nothing of how an engine works.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.engines import HUGGING_FACE, Settings, make
+from benchmarks.engines.base import Batch, Engine, Step, lacking_memory, take_turns
+from benchmarks.generate.cases import FULL, GRID, GenerateCase
+from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
+from benchmarks.lib.ceilings import Ceilings, Floor, threads_set
+from benchmarks.lib.goals import Goal, Verdict, holding, load
+from benchmarks.lib.llama import MHA, TINY, LlamaShape, RandomLlama, drawn_tokens
+from benchmarks.lib.record import Record, Recorder
+from benchmarks.lib.timing import Budget, Timing, summary
+from bmc_core.costs.measure import Progress
+
+GOALS = load(Path(__file__).with_name("goals.toml"))
+SPARE_ROWS = 6
+"""Rows that fit before the growth that is timed."""
+WARM_STEPS = 2
+PEER_STEPS, BMC_STEPS = 2, 6
+"""Steps of a turn: BMC's must also grow."""
+OUT_OF_TIME = "the quick list's seconds are over; --cases full has no limit"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run: `rounds` turns of two steps of a peer and six of BMC.
+
+    Attributes:
+        r: rows per growth.
+        seconds: for all cases, so that the later ones get fewer rounds, or none; None: no limit.
+        llama_cpp_python: interpreter with llama-cpp-python, for llama.cpp as one more engine.
+    """
+
+    cases: Sequence[GenerateCase]
+    threads: int
+    systems: Sequence[str] = HUGGING_FACE
+    r: int = 128
+    rounds: int = 5
+    shape: LlamaShape = field(default=MHA)
+    llama_cpp_python: Path | None = None
+    seconds: float | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.threads, self.r, self.llama_cpp_python)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return (*self.systems, *(["llama_cpp"] if self.llama_cpp_python else []))
+
+    def batch(self, case: GenerateCase) -> Batch:
+        """The case's rows, moved to where a chunk is almost full."""
+        rows = max(1, round(case.rows / self.r)) * self.r - min(SPARE_ROWS, self.r - 1)
+        return Batch(case.batch, rows, (BMC_STEPS + 1) * self.rounds + WARM_STEPS + 2)
+
+
+class Row(NamedTuple):
+    """One engine on one case.
+
+    Attributes:
+        rows: per sequence when timing starts.
+        timing: of the steps without a growth.
+        growth_ms: what a step with a growth took longer; 0 where none was seen.
+        step_ms: median step plus its share of a growth.
+        floor: what a step takes at least here.
+        logits_error: of the first step, relative to those of the engine's reference (DynamicCache,
+            or the peer itself, where that computes otherwise); NaN without it.
+        copied_mb, reserved_mb: counted by the cache; NaN where it does not count.
+    """
+
+    case: GenerateCase
+    rows: int
+    system: str
+    title: str
+    peer: bool
+    timing: Timing
+    growth_ms: float
+    step_ms: float
+    floor: Floor
+    logits_error: float
+    copied_mb: float
+    reserved_mb: float
+
+
+class Report(NamedTuple):
+    """All that a run found out. `missing`: why an engine or a case was not measured; `read_gb_s`:
+    read bandwidth."""
+
+    record: Record
+    options: Options
+    rows: list[Row]
+    failures: list[str]
+    missing: list[str]
+    verdicts: list[Verdict]
+    read_gb_s: float
+
+
+def run(options: Options, tell: Progress = lambda text, fraction: None) -> Report:
+    """Measures every case.
+
+    Raises:
+        WorkerError: `Options.llama_cpp_python` does not do.
+    """
+    recorder, ceilings = Recorder(), Ceilings()
+    budget = Budget(options.seconds)
+    with threads_set(options.threads):
+        tell("greedy tokens of a small model", 0.0)
+        failures = check_tokens(options)
+        tell("ceilings", 0.01)
+        ceilings.floor(1, 1, options.threads, options.shape.dtype)
+        tell("building the model", 0.02)
+        largest = Batch(*map(max, zip(*map(options.batch, options.cases), strict=True)))
+        model = RandomLlama(options.shape, largest.rows + largest.new_rows + options.r + 1)
+        with started(options, model, largest) as (engines, missing):
+            session = _Session(options, engines, ceilings, missing, failures)
+            session.measure(budget, tell)
+    tell("done", 1.0)
+    record = recorder.record()
+    verdicts = judge(session.rows, holding(GOALS, record.isas))
+    read = ceilings.read(options.threads).rate
+    return Report(record, options, session.rows, failures, missing, verdicts, read)
+
+
+@contextmanager
+def started(
+    options: Options, model: RandomLlama, largest: Batch
+) -> Iterator[tuple[dict[str, Engine], list[str]]]:
+    """All engines that can run here, and why others cannot."""
+    engines: dict[str, Engine] = {}
+    missing = []
+    try:
+        for name in options.engines:
+            try:
+                engines[name] = make(name, options.settings)
+            except ImportError as error:
+                missing.append(f'{name}: {error}; pip install "bmc-llm[deepspeed]"')
+            else:
+                engines[name].start(model, largest)
+        yield engines, missing
+    finally:
+        for engine in engines.values():
+            engine.close()
+        model.close()
+
+
+def check_tokens(options: Options, new: int = 40) -> list[str]:
+    """Greedy float32 tokens of a small model by every engine, against the first one's."""
+    model = RandomLlama(replace(TINY, dtype="float32"), 256, seed=1)
+    prompts = drawn_tokens(TINY.vocabulary, 3, 21)
+    with started(replace(options, r=16), model, Batch(3, 21, new)) as (engines, _):
+        tokens = {engine.title: engine.generate(prompts, new) for engine in engines.values()}
+    expected = next(iter(tokens.values()), None)
+    return [
+        f"greedy float32 tokens of {title} are not those of {next(iter(tokens))}"
+        for title, found in tokens.items()
+        if expected is None or not torch.equal(found, expected)
+    ]
+
+
+class _Session:
+    """The loop over cases."""
+
+    def __init__(
+        self,
+        options: Options,
+        engines: Mapping[str, Engine],
+        ceilings: Ceilings,
+        missing: list[str],
+        failures: list[str],
+    ) -> None:
+        self.options, self.engines, self.ceilings = options, engines, ceilings
+        self.missing, self.failures = missing, failures
+        self.rows: list[Row] = []
+
+    def measure(self, budget: Budget, tell: Progress) -> None:
+        cases = self.options.cases
+        for number, case in enumerate(cases):
+            tell(case.name, 0.05 + 0.95 * number / len(cases))
+            batch = self.options.batch(case)
+            lacking = lacking_memory(self.engines, self.options.shape, batch)
+            if budget.is_spent():
+                self.missing.append(f"{case.name}: {OUT_OF_TIME}")
+            elif lacking is not None:
+                advice = "choose fewer systems with --systems"
+                self.missing.append(f"{case.name}: {lacking}; {advice}")
+            else:
+                self._case(case, batch, budget, len(cases) - number)
+
+    def _case(self, case: GenerateCase, batch: Batch, budget: Budget, cases_left: int) -> None:
+        logits: dict[str, torch.Tensor] = {}
+        for name, engine in self.engines.items():
+            engine.fill(batch)
+            logits[name] = engine.logits()
+            engine.step(WARM_STEPS - 1)
+        steps = take_turns(
+            self.engines,
+            self.options.rounds,
+            lambda engine: PEER_STEPS if engine.peer else BMC_STEPS,
+            budget.part(cases_left),  # filling is over: shared out are the seconds for steps
+        )
+        for name, engine in self.engines.items():
+            error = math.nan
+            if engine.reference in logits:
+                error = relative_error(logits[name], logits[engine.reference])
+                if not error <= LOGIT_TOLERANCE:
+                    self.failures.append(
+                        f"{case.name}: the logits of {engine.title} differ from "
+                        f"{engine.reference}'s by {error:.1e}; allowed: {LOGIT_TOLERANCE}"
+                    )
+            self.rows.append(self._row(case, batch, engine, steps[name], error))
+
+    def _row(
+        self, case: GenerateCase, batch: Batch, engine: Engine, steps: list[Step], error: float
+    ) -> Row:
+        options, shape = self.options, self.options.shape
+        timing = summary([step.seconds for step in steps if not step.grew])
+        growths = [step.seconds * 1e3 for step in steps if step.grew]
+        growth_ms = max(0.0, statistics.median(growths) - timing.ms) if growths else 0.0
+        counted = engine.counted()
+        work = (batch.sequences, batch.rows)
+        return Row(
+            case,
+            batch.rows,
+            engine.name,
+            engine.title,
+            engine.peer,
+            timing,
+            growth_ms,
+            timing.ms + growth_ms / options.r,
+            self.ceilings.floor(
+                shape.step_bytes(*work), shape.step_flops(*work), options.threads, shape.dtype
+            ),
+            error,
+            math.nan if counted is None else counted.bytes_copied / 1e6,
+            math.nan if counted is None else counted.bytes_reserved / 1e6,
+        )
+
+
+def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
+    """Each goal; no engine of ours is faster than the floor."""
+    at_floor = [row._replace(step_ms=row.floor.ms) if not row.peer else row for row in rows]
+    return [
+        Verdict(goal.case, goal, measured_ratio(rows, goal), measured_ratio(at_floor, goal))
+        for goal in goals
+    ]
+
+
+def measured_ratio(rows: Sequence[Row], goal: Goal) -> float | None:
+    """The peer's time over the system's in the goal's case, or the mean of that ratio over the
+    grid, if all of it was measured."""
+    ms = {(row.case, row.system): row.step_ms for row in rows}
+    cases = [case for case in FULL if goal.case in (GRID, case.name)]
+    sides = [(ms.get((case, goal.system)), ms.get((case, goal.against))) for case in cases]
+    ratios = [peer / ours for ours, peer in sides if ours is not None and peer is not None]
+    return statistics.fmean(ratios) if ratios and len(ratios) == len(cases) else None

@@ -1,0 +1,1 @@
+"""`python -m benchmarks growth`: the r that the model picks against measured times."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks kernel`: one layer's attention, BMC, CPU_ATTN and sdpa in turns."""

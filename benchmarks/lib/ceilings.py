@@ -1,0 +1,226 @@
+"""What this machine can do at most: read bandwidth, rate of matrix products, and floors by them.
+
+Promises measured ceilings, in GB/s (1e9 bytes) and GFLOP/s, by the best median of several methods,
+and that a product which this machine computes slowly costs no more than about a second. Knows
+nothing of attention.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from bmc_core.machine.memory import prefer_huge_pages
+
+MIN_READ_BYTES = 512 << 20
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 64, 4096
+"""Side of the square matrix in a product."""
+PRODUCT_SECONDS = 1.0
+"""For the products of one dtype."""
+MIN_CALLS = 3
+"""Of the product of one size: one to warm, two to time."""
+
+
+class Ceiling(NamedTuple):
+    """A measured rate: GB/s or GFLOP/s, and the method that reached it."""
+
+    rate: float
+    method: str
+
+
+class Floor(NamedTuple):
+    """What a call takes at least here: the larger of its reads and its products at the ceilings.
+
+    Attributes:
+        ms: milliseconds.
+        binds: "reads" or "products", whichever takes longer.
+    """
+
+    ms: float
+    binds: str
+
+    def __str__(self) -> str:
+        return f"{self.ms:.3f} {self.binds}" if self.ms < 10 else f"{self.ms:.1f} {self.binds}"
+
+
+def floor(num_bytes: float, flops: float, read_gb_s: float, gflops: float) -> Floor:
+    """Of a call that reads so many bytes and computes so many floating-point operations."""
+    reads, products = num_bytes / read_gb_s / 1e6, flops / gflops / 1e6
+    return Floor(products, "products") if products > reads else Floor(reads, "reads")
+
+
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    """torch's threads (one OpenMP pool serves all systems) inside a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def median_seconds(call: Callable[[], object], rounds: int) -> float:
+    """Median seconds of `rounds` calls, after one that is not timed."""
+    call()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    libc.memchr.restype = ctypes.c_void_p
+    return libc
+
+
+def read_methods(buffer: torch.Tensor, pool: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
+    """Ways to read every byte of `buffer` (uint8, zeros) once, by vector loads, on all threads."""
+    floats = buffer.view(torch.float32)
+    half = floats.numel() // 2
+    matrix = floats[: floats.numel() // 4096 * 4096].view(-1, 4096)
+    ones = torch.ones(4096)
+    threads = torch.get_num_threads()
+    part = buffer.numel() // threads
+
+    def search(index: int) -> None:
+        _libc().memchr(buffer.data_ptr() + index * part, 1, part)
+
+    return {
+        "sum of int64": lambda: buffer.view(torch.int64).sum(),
+        "sum of float32": floats.sum,
+        "matrix x vector": lambda: matrix.mv(ones),
+        "dot product": lambda: torch.dot(floats[:half], floats[half:]),
+        "memchr": lambda: list(pool.map(search, range(threads))),
+    }
+
+
+def read_bandwidth(num_bytes: int, rounds: int = 5) -> Ceiling:
+    """GB/s of reading `num_bytes` on torch's current number of threads.
+
+    Args:
+        num_bytes: size of the buffer; should be several times the L3 cache.
+        rounds: timed passes per method.
+    """
+    num_bytes = -(-num_bytes // 32768) * 32768
+    # Zeros would be one shared page until written.
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    prefer_huge_pages(buffer)
+    buffer.fill_(1).fill_(0)
+    best = Ceiling(0.0, "")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for method, call in read_methods(buffer, pool).items():
+            rate = num_bytes / median_seconds(call, rounds) / 1e9
+            best = max(best, Ceiling(rate, method))
+    return best
+
+
+def torch_product(dtype: str, size: int) -> Callable[[], object]:
+    """`[size/2, size] x [size, size]`: size^3 operations."""
+    left = torch.randn(size // 2, size).to(getattr(torch, dtype))
+    right = torch.randn(size, size).to(getattr(torch, dtype))
+    out = torch.empty(size // 2, size, dtype=left.dtype)
+    return lambda: torch.mm(left, right, out=out)
+
+
+def gemm_rate(
+    dtype: str,
+    largest: int = LARGEST_PRODUCT,
+    rounds: int = 5,
+    *,
+    seconds: float = PRODUCT_SECONDS,
+    product: Callable[[str, int], Callable[[], object]] = torch_product,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ceiling:
+    """GFLOP/s of products in `dtype`: the best of the sizes that fit into the time.
+
+    A dtype for which the processor has no instruction may be a thousand times slower than another,
+    so sizes grow from small ones, each eight times the work of the last, and only while the next
+    is expected to be affordable.
+
+    Args:
+        dtype: torch's name.
+        largest: side of the largest matrix.
+        rounds: timed products of one size at most.
+        seconds: for all sizes together, about.
+        product: makes the call of one size; `clock`: its seconds. For tests.
+    """
+    best = Ceiling(0.0, "")
+    end = clock() + seconds
+    size = SMALLEST_PRODUCT
+    while True:
+        call = product(dtype, size)
+        call()
+        taken: list[float] = []
+        while not taken or (len(taken) < rounds and clock() < end):
+            start = clock()
+            call()
+            taken.append(clock() - start)
+        median = statistics.median(taken)
+        best = max(best, Ceiling(size**3 / median / 1e9, f"{size // 2}x{size}x{size}"))
+        size *= 2
+        if size > largest or clock() + MIN_CALLS * 8 * median > end:
+            return best
+
+
+class Ceilings:
+    """The ceilings of a run, measured when first asked for.
+
+    Args:
+        read_bytes: buffer of the bandwidth measurement.
+        rounds: timed passes per method.
+        gemm_size: side of the largest matrix.
+    """
+
+    def __init__(
+        self, read_bytes: int = MIN_READ_BYTES, rounds: int = 4, gemm_size: int = LARGEST_PRODUCT
+    ) -> None:
+        self.read_bytes = read_bytes
+        self.rounds = rounds
+        self.gemm_size = gemm_size
+        self.reads: dict[int, Ceiling] = {}
+        self.gemms: dict[tuple[int, str], Ceiling] = {}
+
+    def read(self, threads: int) -> Ceiling:
+        """GB/s on `threads` threads."""
+        if threads not in self.reads:
+            with threads_set(threads):
+                self.reads[threads] = read_bandwidth(self.read_bytes, self.rounds)
+        return self.reads[threads]
+
+    def measure_again(self) -> None:
+        """Reads once more, after the cases: where others use the machine, the better counts."""
+        for threads, before in list(self.reads.items()):
+            del self.reads[threads]
+            self.reads[threads] = max(before, self.read(threads))
+
+    def gemm(self, threads: int, dtype: str) -> Ceiling:
+        """GFLOP/s on `threads` threads. Whoever widens the operands to float32 computes the same
+        products, so that no dtype has a lower ceiling than that."""
+        own = self._gemm(threads, dtype)
+        wide = self._gemm(threads, "float32")
+        return own if own.rate >= wide.rate else Ceiling(wide.rate, f"{wide.method}, in float32")
+
+    def _gemm(self, threads: int, dtype: str) -> Ceiling:
+        if (threads, dtype) not in self.gemms:
+            with threads_set(threads):
+                rate = gemm_rate(dtype, self.gemm_size, self.rounds)
+            self.gemms[threads, dtype] = rate
+        return self.gemms[threads, dtype]
+
+    def floor(self, num_bytes: float, flops: float, threads: int, dtype: str) -> Floor:
+        """Of a call on `threads` threads; see `floor`."""
+        return floor(num_bytes, flops, self.read(threads).rate, self.gemm(threads, dtype).rate)

@@ -1,0 +1,191 @@
+"""Goals: figures that should be reached, as data with their source, and what came of them.
+
+A command's `goals.toml` has tables `[[set]]`, each one claim from one place:
+
+    ours, theirs   instruction sets of both sides that it holds for; left out: any
+    source         where the figures are from
+    goals          [{case, metric, at_least or at_most, against (for some metrics), system}]
+
+Promises that a goal is only held against a machine whose two sides use the instruction sets that
+it was stated for, and that one beyond what the machine can do is marked as such. Knows nothing of
+how a figure is measured.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.lib.instruction_sets import InstructionSets
+
+METRICS = {
+    "ratio": "{sign} {bound:.3g}x as fast as {against}",
+    "read_share": "{sign} {bound:.2f} of the read bandwidth",
+    "gflops": "{sign} {bound:.0f} GFLOP/s",
+    "cost": "{sign} {bound:.2g} of {against}",
+    "spread": "spread {sign} {bound:.0%}",
+    "efficiency": "efficiency {sign} {bound:.2f} until the bandwidth is reached",
+    "parts": "{sign} {bound:.2f} of its parts' sum",
+    "loss": "{sign} {bound:.0%} slower than the fastest r",
+    "slope": "slope off by {sign} {bound:.2g}",
+}
+"""Kinds of figures, and how a goal for one reads. Commands say how each is computed."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that a system should reach on a case.
+
+    Attributes:
+        case: name of a case, or of a group of cases.
+        metric: a key of `METRICS`.
+        bound: the figure.
+        at_most: whether less is better.
+        against: the peer of a ratio, the case of a cost.
+        system: whose figure it is.
+        ours, theirs: instruction sets of both sides that it holds for; empty: any.
+        source: where the figure is from.
+    """
+
+    case: str
+    metric: str
+    bound: float
+    at_most: bool = False
+    against: str = ""
+    system: str = "bmc"
+    ours: tuple[str, ...] = ()
+    theirs: tuple[str, ...] = ()
+    source: str = ""
+
+    def holds_for(self, isas: InstructionSets) -> bool:
+        ours = not self.ours or isas.ours in self.ours
+        return ours and (not self.theirs or isas.theirs in self.theirs)
+
+    def met_by(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    def __str__(self) -> str:
+        sign = "<=" if self.at_most else ">="
+        return METRICS[self.metric].format(sign=sign, bound=self.bound, against=self.against)
+
+
+class Verdict(NamedTuple):
+    """A goal held against a run.
+
+    Attributes:
+        case: name, more exact than the goal's where that holds for several.
+        value: measured; None: it was not.
+        at_floor: the best value that the floor leaves here; None: the floor says nothing of it.
+    """
+
+    case: str
+    goal: Goal
+    value: float | None
+    at_floor: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.value is None else self.goal.met_by(self.value)
+
+    @property
+    def below_floor(self) -> bool:
+        """Whether no code whatever could meet it here."""
+        return self.at_floor is not None and not self.goal.met_by(self.at_floor)
+
+
+def load(path: Path) -> list[Goal]:
+    """The goals of a file.
+
+    Raises:
+        ValueError: something in it is not as the module docstring says.
+    """
+    goals = []
+    for claim in tomllib.loads(path.read_text())["set"]:
+        unknown = set(claim) - {"ours", "theirs", "source", "goals"}
+        if unknown or not claim.get("source"):
+            raise ValueError(
+                f"{path.name}: a set has {sorted(claim)}; allowed: ours, theirs, "
+                "source (never empty) and goals"
+            )
+        shared = {
+            "ours": tuple(claim.get("ours", ())),
+            "theirs": tuple(claim.get("theirs", ())),
+            "source": " ".join(claim["source"].split()),
+        }
+        goals += [_goal(dict(fields), shared, path.name) for fields in claim["goals"]]
+    return goals
+
+
+def _goal(fields: dict[str, Any], shared: dict[str, Any], file: str) -> Goal:
+    if fields.get("metric") not in METRICS:
+        raise ValueError(f"{file}: metric is {fields.get('metric')!r}; allowed: {list(METRICS)}")
+    bounds = {name: fields.pop(name) for name in ("at_least", "at_most") if name in fields}
+    if len(bounds) != 1:
+        raise ValueError(f"{file}: {fields} has {list(bounds)}; allowed: at_least or at_most")
+    ((name, bound),) = bounds.items()
+    try:
+        return Goal(**fields, bound=float(bound), at_most=name == "at_most", **shared)
+    except TypeError as error:
+        raise ValueError(f"{file}: {fields}: {error}") from None
+
+
+def holding(goals: Iterable[Goal], isas: InstructionSets) -> list[Goal]:
+    """Those for a machine."""
+    return [goal for goal in goals if goal.holds_for(isas)]
+
+
+def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """[{case, goal, system, metric, bound, at_most, against, ours, theirs, source, value,
+    at_floor, below_floor, met}]"""
+    return [
+        {
+            "case": verdict.case,
+            "goal": str(verdict.goal),
+            **{
+                name: getattr(verdict.goal, name)
+                for name in ("system", "metric", "bound", "at_most", "against")
+            },
+            **{name: getattr(verdict.goal, name) for name in ("ours", "theirs", "source")},
+            "value": verdict.value,
+            "at_floor": verdict.at_floor,
+            "below_floor": verdict.below_floor,
+            "met": verdict.met,
+        }
+        for verdict in verdicts
+    ]
+
+
+def _mark(verdict: Verdict) -> str:
+    if verdict.below_floor and not verdict.met:
+        return f"[red]below the floor here: {verdict.at_floor:.3g} at best[/]"
+    return {True: "[green]met[/]", False: "[yellow]not met[/]", None: "not measured"}[verdict.met]
+
+
+def show(verdicts: Sequence[Verdict], isas: InstructionSets, console: Console) -> None:
+    """A line per goal, then where they are from."""
+    if not verdicts:
+        console.print(f"No goals are stated for {isas}.", highlight=False)
+        return
+    table = Table(box=box.SIMPLE_HEAD, title=f"Goals for {isas}", title_justify="left")
+    for name in ("case", "system", "goal"):
+        table.add_column(name)
+    table.add_column("measured", justify="right")
+    for name in ("", "source"):
+        table.add_column(name)
+    sources = list(dict.fromkeys(verdict.goal.source for verdict in verdicts))
+    for verdict in verdicts:
+        goal = verdict.goal
+        value = "" if verdict.value is None else f"{verdict.value:.3g}"
+        number = f"({sources.index(goal.source) + 1})"
+        table.add_row(escape(verdict.case), goal.system, str(goal), value, _mark(verdict), number)
+    console.print(table)
+    for place, source in enumerate(sources, 1):
+        console.print(f"  ({place}) {source}", highlight=False, markup=False)

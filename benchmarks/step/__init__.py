@@ -1,0 +1,1 @@
+"""`python -m benchmarks step`: a whole decode step of vLLM, BMC against CPU_ATTN."""

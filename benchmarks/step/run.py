@@ -1,0 +1,230 @@
+"""A whole decode step of vLLM: both engines alive, stepped in turns.
+
+Promises that both engines live at the same time in processes of their own with the same thread
+binding; that both read rows written by their own backend; and that a side whose logits are not
+finite, or are not the other's, makes the run fail. Knows nothing of files and terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.engines import VLLM, Settings, make, vllm
+from benchmarks.engines.base import Batch, Engine, Step, lacking_memory, take_turns
+from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
+from benchmarks.lib.ceilings import Ceilings, Floor
+from benchmarks.lib.goals import Goal, Verdict, holding, load
+from benchmarks.lib.llama import RandomLlama
+from benchmarks.lib.record import Record, Recorder
+from benchmarks.lib.timing import Budget, Timing, summary
+from benchmarks.step.cases import StepCase
+from bmc_core.costs.measure import Progress
+from bmc_core.machine.cpu import allowed_cpus, to_list_text
+
+GOALS = load(Path(__file__).with_name("goals.toml"))
+OURS, PEER = VLLM
+WARM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run: `rounds` turns of `steps` timed steps for each engine. `bind` is the value of
+    VLLM_CPU_OMP_THREADS_BIND; `drawn`: see `vllm_worker.Worker.fill`."""
+
+    cases: Sequence[StepCase]
+    bind: str
+    rounds: int = 8
+    steps: int = 6
+    compile: bool = False
+    drawn: bool = True
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(bind=self.bind, compile=self.compile, drawn=self.drawn)
+
+    def batch(self, case: StepCase) -> Batch:
+        """Timed, waking, warming and checking steps included."""
+        wakes = vllm.VLLM.wakes
+        new_rows = self.rounds * (self.steps + wakes) + WARM_STEPS + wakes + 1
+        return Batch(case.batch, case.rows, new_rows)
+
+
+class Row(NamedTuple):
+    """One engine on one case.
+
+    Attributes:
+        timing: of the decode steps.
+        floor: what a step takes at least here.
+        ratio: the other engine's median over this one's.
+        logits_error: of this engine's first decode step, relative to CPU_ATTN's.
+        tokens_agree: share of the greedy tokens, up to each sequence's first difference, that
+            are CPU_ATTN's.
+    """
+
+    case: StepCase
+    system: str
+    title: str
+    peer: bool
+    threads: int
+    timing: Timing
+    floor: Floor
+    ratio: float
+    logits_error: float
+    tokens_agree: float
+
+
+class Report(NamedTuple):
+    """All that a run found out; `read_gb_s`: read bandwidth of as many threads."""
+
+    record: Record
+    options: Options
+    rows: list[Row]
+    failures: list[str]
+    verdicts: list[Verdict]
+    read_gb_s: float
+
+
+def default_bind() -> str:
+    """All CPUs of the affinity mask."""
+    return to_list_text(allowed_cpus())
+
+
+def run(options: Options, tell: Progress = lambda text, fraction: None) -> Report:
+    """Measures every case.
+
+    Raises:
+        WorkerError: an engine could not do what was asked.
+        MemoryError: both engines do not fit.
+    """
+    recorder, ceilings = Recorder(), Ceilings()
+    rows: list[Row] = []
+    failures: list[str] = []
+    for number, case in enumerate(options.cases):
+        part = 1 / len(options.cases)
+
+        def tell_part(text: str, done: float, case=case, number=number, part=part) -> None:
+            tell(f"{case.name}: {text}", part * (number + done))
+
+        measured, wrong = _Case(case, options, ceilings, tell_part).measure()
+        rows += measured
+        failures += wrong
+    tell("done", 1.0)
+    record = recorder.record()
+    verdicts = judge(rows, holding(GOALS, record.isas))
+    read = ceilings.read(rows[0].threads).rate
+    return Report(record, options, rows, failures, verdicts, read)
+
+
+class _Case:
+    """Both engines on one case."""
+
+    def __init__(
+        self, case: StepCase, options: Options, ceilings: Ceilings, tell: Progress
+    ) -> None:
+        self.case, self.options, self.ceilings, self.tell = case, options, ceilings, tell
+        self.failures: list[str] = []
+
+    def measure(self) -> tuple[list[Row], list[str]]:
+        case, batch = self.case, self.options.batch(self.case)
+        engines = {name: make(name, self.options.settings) for name in VLLM}
+        lacking = lacking_memory(engines, case.shape, batch)
+        if lacking is not None:
+            raise MemoryError(f"{case.name}: {lacking}; leave the case out with --only")
+        with ExitStack() as stack:
+            for engine in engines.values():
+                stack.callback(engine.close)
+            self._start(engines, batch, stack)
+            logits = {name: self._logits(engine) for name, engine in engines.items()}
+            for engine in engines.values():
+                engine.step(WARM_STEPS)
+            steps = take_turns(
+                engines,
+                self.options.rounds,
+                lambda engine: self.options.steps,
+                Budget(None),
+                lambda done: self.tell("stepping in turns", 0.65 + 0.35 * done),
+            )
+            tokens = {name: engine.tokens() for name, engine in engines.items()}
+        return self._rows(engines, logits, steps, tokens), self.failures
+
+    def _start(self, engines: dict[str, Engine], batch: Batch, stack: ExitStack) -> None:
+        self.tell("writing the model", 0.0)
+        model = RandomLlama(self.case.shape, batch.rows + batch.new_rows + 128)
+        stack.callback(model.close)
+        for place, engine in enumerate(engines.values()):
+            self.tell(f"{engine.title}: starting", 0.05 + 0.3 * place)
+            engine.start(model, batch)
+            text = f"{engine.title}: {batch.sequences} x {batch.rows} rows"
+            self.tell(text, 0.15 + 0.3 * place)
+            engine.fill(batch)
+
+    def _logits(self, engine: Engine) -> torch.Tensor:
+        logits = engine.logits()
+        if not bool(torch.isfinite(logits).all()):
+            self.failures.append(
+                f"{self.case.name}: {engine.title} gives logits that are not finite"
+            )
+        return logits
+
+    def _rows(
+        self,
+        engines: dict[str, Engine],
+        logits: dict[str, torch.Tensor],
+        steps: dict[str, list[Step]],
+        tokens: dict[str, list[list[int]]],
+    ) -> list[Row]:
+        case = self.case
+        threads = {name: getattr(engine, "threads", 1) for name, engine in engines.items()}
+        if len(set(threads.values())) > 1:
+            self.failures.append(f"{case.name}: the engines have {threads} threads")
+        self.tell("ceilings", 1.0)
+        shape = case.shape
+        work = shape.step_bytes(case.batch, case.rows), shape.step_flops(case.batch, case.rows)
+        floor = self.ceilings.floor(*work, threads[OURS], shape.dtype)
+        timings = {name: summary([step.seconds for step in done]) for name, done in steps.items()}
+        rows = []
+        for name, engine in engines.items():
+            other = OURS if name == PEER else PEER
+            error = relative_error(logits[name], logits[PEER])
+            if not error <= LOGIT_TOLERANCE:
+                self.failures.append(
+                    f"{case.name}: {engine.title}'s logits differ from CPU_ATTN's by {error:.1e}; "
+                    f"allowed: {LOGIT_TOLERANCE}"
+                )
+            ratio = timings[other].ms / timings[name].ms
+            agree = agreement(tokens[name], tokens[PEER])
+            side = (engine.name, engine.title, engine.peer, threads[name])
+            rows.append(Row(case, *side, timings[name], floor, ratio, error, agree))
+        return rows
+
+
+def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:
+    """Share of the tokens before each sequence's first difference."""
+    same = total = 0
+    for ours, theirs in zip(tokens, reference, strict=True):
+        total += min(len(ours), len(theirs))
+        for a, b in zip(ours, theirs, strict=False):
+            if a != b:
+                break
+            same += 1
+    return same / total if total else 1.0
+
+
+def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
+    """Each goal of a case that was measured; no step is faster than the floor."""
+    found = {(row.case.name, row.system): row for row in rows}
+    verdicts = []
+    for goal in goals:
+        row = found.get((goal.case, goal.system))
+        peer = found.get((goal.case, goal.against))
+        if row is None or peer is None:
+            verdicts.append(Verdict(goal.case, goal, None))
+            continue
+        verdicts.append(Verdict(goal.case, goal, row.ratio, peer.timing.ms / row.floor.ms))
+    return verdicts

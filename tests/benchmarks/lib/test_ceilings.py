@@ -1,0 +1,114 @@
+"""Read bandwidth, products, floors."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.lib.ceilings import (
+    Ceiling,
+    Ceilings,
+    Floor,
+    floor,
+    gemm_rate,
+    read_methods,
+    threads_set,
+)
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def test_ceilings_are_positive_and_kept() -> None:
+    ceilings = Ceilings(1 << 20, rounds=2, gemm_size=128)
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        assert ceilings.read(count).rate > 0
+        assert ceilings.read(count).method
+    for dtype in DTYPES:
+        assert ceilings.gemm(1, dtype).rate > 0
+    before = ceilings.read(1)
+    assert ceilings.read(1) is before
+    ceilings.measure_again()
+    assert ceilings.read(1).rate >= before.rate
+    assert torch.get_num_threads() == threads
+
+
+def test_every_way_of_reading_runs() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        methods = read_methods(torch.zeros(1 << 20, dtype=torch.uint8), pool)
+        assert len(methods) >= 4
+        for method in methods.values():
+            method()
+
+
+class Machine:
+    """Computes products at a rate; its clock moves with them and with nothing else."""
+
+    def __init__(self, gflops: float) -> None:
+        self.gflops = gflops
+        self.now = 0.0
+        self.sizes: list[int] = []
+
+    def product(self, dtype: str, size: int) -> Callable[[], object]:
+        def call() -> None:
+            self.sizes.append(size)
+            self.now += size**3 / self.gflops / 1e9
+
+        return call
+
+    def rate(self, **settings) -> Ceiling:
+        return gemm_rate("float16", product=self.product, clock=lambda: self.now, **settings)
+
+
+@pytest.mark.parametrize("gflops", [0.05, 0.5, 20.0, 400.0, 5000.0])
+def test_products_grow_only_while_the_next_is_affordable(gflops: float) -> None:
+    """0.05 GFLOP/s: a dtype without an instruction, where the largest product takes 23 minutes."""
+    machine = Machine(gflops)
+    found = machine.rate()
+    assert found.rate == pytest.approx(gflops)
+    assert machine.now < 1.5
+    assert machine.sizes[0] == 64
+    largest = max(machine.sizes)
+    assert f"x{largest}x{largest}" in found.method or found.rate == pytest.approx(gflops)
+    assert (largest == 4096) == (gflops >= 400.0)
+    for size in set(machine.sizes):
+        assert 2 <= machine.sizes.count(size) <= 6
+
+
+def test_the_largest_size_and_the_seconds_can_be_chosen() -> None:
+    machine = Machine(5000.0)
+    machine.rate(largest=256)
+    assert max(machine.sizes) == 256
+    slow = Machine(0.001)
+    slow.rate(seconds=0.0)
+    assert slow.sizes == [64, 64], "the smallest, once to warm and once to time"
+
+
+def test_a_slow_dtype_has_the_ceiling_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever widens the operands computes the same products."""
+    rates = {"float16": 1.0, "float32": 100.0, "bfloat16": 400.0}
+    monkeypatch.setattr(
+        "benchmarks.lib.ceilings.gemm_rate", lambda dtype, *_: Ceiling(rates[dtype], dtype)
+    )
+    ceilings = Ceilings(1 << 20)
+    assert ceilings.gemm(1, "float16") == Ceiling(100.0, "float32, in float32")
+    assert ceilings.gemm(1, "bfloat16") == Ceiling(400.0, "bfloat16")
+
+
+def test_a_floor_says_what_binds() -> None:
+    """32 query heads on one KV head of 128: 64 operations a byte of bfloat16."""
+    rows = 16384 * 1 * 128 * 2 * 2
+    flops = 4 * 32 * 128 * 16384
+    assert floor(rows, flops, 40.0, 400.0) == Floor(pytest.approx(flops / 400e6), "products")
+    assert floor(rows, flops, 40.0, 4000.0) == Floor(pytest.approx(rows / 40e6), "reads")
+    assert str(Floor(0.6711, "products")) == "0.671 products"
+    assert str(Floor(33.46, "reads")) == "33.5 reads"
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with threads_set(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
