@@ -16,8 +16,6 @@ import typer
 from tests.support import documents
 
 PROGRAM = re.compile(r"(?:^|[\s/])python\S* -m (bmc_core|benchmarks)\b(.*)$")
-RENAMED = {"growth": "model"}
-"""Names that the pages use already, and what the programs may still call them."""
 MAKE = re.compile(r"^make ([a-z][a-z-]*)(?:\s|$)")
 
 
@@ -47,7 +45,6 @@ def programs() -> dict[str, Any]:
 def parse(group: Any, arguments: list[str]) -> None:
     """Parses one command's arguments; raises what it would print."""
     name, *rest = arguments
-    name = name if name in group.commands else RENAMED.get(name, name)
     assert name in group.commands, f"{name}; there are {', '.join(group.commands)}"
     if rest == ["--help"]:
         return
