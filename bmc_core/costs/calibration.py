@@ -140,6 +140,7 @@ def key_of(geometry: Geometry, threads: int) -> dict[str, Any]:
 
 
 _known: dict[str, Calibration] = {}
+_failed: set[Geometry] = set()
 
 
 def calibrate(
@@ -248,9 +249,13 @@ def auto_policy(
     work = Workload(
         prompt_rows, new_rows, batch_size, draft_tokens=draft_tokens, row_multiple=multiple
     )
+    if geometry in _failed:
+        return BMCPolicy.growing()
     try:
         found = calibrate(geometry, progress=progress)
     except (MemoryError, OSError, RuntimeError) as error:
+        # Not tried again in this process: it would cost every later generation some seconds.
+        _failed.add(geometry)
         logger.warning("bmc_core: no calibration, the cache grows by default: %s", error)
         return BMCPolicy.growing()
     if attention == "native" and found.measured.native is None:

@@ -36,7 +36,7 @@ def _cpuinfo(field: str) -> str | None:
         for line in CPUINFO.read_text().splitlines():
             if line.partition(":")[0].strip() == field:
                 return line.partition(":")[2].strip()
-    except OSError:
+    except (OSError, ValueError):
         pass
     return None
 
@@ -70,7 +70,7 @@ def physical_cores(cpus: Iterable[int]) -> list[int]:
     for cpu in sorted(cpus):
         try:
             key = (CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
-        except OSError:
+        except (OSError, ValueError):
             key = str(cpu)
         cores.setdefault(key, cpu)
     return sorted(cores.values())

@@ -61,11 +61,13 @@ def _control_groups_leave() -> list[int]:
     """What each limited control group leaves: this process's own, and every one above it."""
     try:
         lines = GROUPS_OF_PROCESS.read_text().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return []
     left = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "", "")[:3]
+        if not path.startswith("/"):
+            continue
         if controllers == "":
             mount, limit, used = CONTROL_GROUPS, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
@@ -86,11 +88,10 @@ def _group_leaves(folder: Path, limit: str, used: str) -> int | None:
     try:
         bound = int((folder / limit).read_text())  # "max": no limit
         taken = int((folder / used).read_text())
-        for line in (folder / "memory.stat").read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name in ("inactive_file", "total_inactive_file"):
-                taken -= int(value)
-                break
+        lines = (folder / "memory.stat").read_text().splitlines()
+        counts = dict(line.split(None, 1) for line in lines)
+        # Version 1 has a total over the groups below; version 2 counts them anyway.
+        taken -= int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
     except (OSError, ValueError):
         return None
     return max(0, bound - max(0, taken))

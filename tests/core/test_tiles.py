@@ -13,6 +13,7 @@ from bmc_core import native
 from tests.support.emulation import Modules, UnavailableError, build, emulated, run_sanitized
 from tests.support.reference import Case, Inputs, assert_matches_reference, cases
 
+pytestmark = pytest.mark.build
 BFLOAT16 = torch.bfloat16
 
 # Small enough to be run without optimization: what decides about addresses, once each.

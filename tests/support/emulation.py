@@ -49,7 +49,7 @@ def _compiler() -> list[str]:
 
 def _works(flags: list[str], folder: Path) -> bool:
     source = folder / "probe.cpp"
-    source.write_text('#include <Python.h>\nextern "C" int probe() { return PY_MAJOR_VERSION; }\n')
+    source.write_text(PROBE)
     include = f"-I{sysconfig.get_path('include')}"
     command = [*_compiler(), *FLAGS, *flags, include, "-shared", str(source)]
     try:

@@ -1,6 +1,7 @@
 """`python -m bmc_core`: calibrate and plan, their files, their errors, and what is missing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -209,3 +210,35 @@ def test_missing_matplotlib_names_the_extra(model: Path, tmp_path: Path) -> None
     text = re.sub(r"[│╭╮╰╯─\s]+", " ", run.stderr + run.stdout)
     assert "--plot needs matplotlib" in text
     assert "bmc-llm[cli]" in text
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--new"])
+def test_plans_have_an_end(model: Path, option: str) -> None:
+    code, output = invoke("plan", "--model", model, option, 10**8)
+    assert code == 2
+    assert f"{option} is 100000000; allowed: at most 1000000 rows" in output
+    assert invoke("plan", "--model", model, option, 10**6)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["info", "plan"])
+@pytest.mark.parametrize("path", ["/proc/nowhere/figures.json", "/dev/full"])
+def test_a_result_that_cannot_be_written_is_the_options_error(
+    command: str, path: str, model: Path
+) -> None:
+    arguments = [] if command == "info" else ["--model", model]
+    code, output = invoke(command, *arguments, "--json", path)
+    assert code == 2
+    assert f"--json is {path}, not writable" in output
+
+
+def test_a_read_only_file_is_refused_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "figures.json"
+    file.write_text("{}")
+    # Root may write any file.
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK or Path(path) != file)
+    code, output = invoke("plan", "--model", model, "--json", file)
+    assert code == 2
+    assert "a file that may be written" in output
+    assert "chosen" not in output

@@ -23,7 +23,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Geometry]:
     """Known figures instead of a measurement; a list of what was asked for."""
     asked: list[Geometry] = []
 
-    def known(geometry: Geometry, *, seconds: float, tell=None) -> Measured:
+    def known(geometry: Geometry, *, seconds: float, progress=None) -> Measured:
         asked.append(geometry)
         return FIGURES
 

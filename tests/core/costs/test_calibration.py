@@ -187,12 +187,18 @@ def test_auto_policy_refuses_and_survives(
     with pytest.raises(ValueError, match="prompt_rows=-1"):
         auto(prompt_rows=-1)
 
+    tries: list[int] = []
+
     def no_memory(*arguments, **settings) -> Measured:
+        tries.append(1)
         raise RuntimeError("can't allocate memory")
 
     monkeypatch.setattr(calibration, "measure", no_memory)
-    assert auto() == BMCPolicy.growing()
-    assert "can't allocate memory" in caplog.text
+    monkeypatch.setattr(calibration, "_failed", set())
+    for _ in range(3):
+        assert auto() == BMCPolicy.growing()
+    assert len(tries) == 1, "later generations do not wait for another try"
+    assert caplog.text.count("can't allocate memory") == 1
     with pytest.raises(ValueError, match="threads=0"):
         calibrate(TINY, threads=0)
 
@@ -219,7 +225,7 @@ def test_threads_are_put_back(measured: list[Geometry], monkeypatch: pytest.Monk
     before = torch.get_num_threads()
     seen: list[int] = []
 
-    def note(geometry: Geometry, *, seconds: float, tell=None) -> Measured:
+    def note(geometry: Geometry, *, seconds: float, progress=None) -> Measured:
         seen.append(torch.get_num_threads())
         return FIGURES
 
@@ -237,3 +243,15 @@ def test_importing_the_core_imports_no_framework_and_no_terminal() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_progress_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, float]] = []
+
+    def measure(geometry: Geometry, *, seconds: float, progress=None) -> Measured:
+        progress("half", 0.5)
+        return FIGURES
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    calibrate(TINY, threads=1, progress=lambda text, done: heard.append((text, done)))
+    assert heard == [("half", 0.5)]

@@ -116,3 +116,20 @@ def test_a_group_whose_path_is_the_hosts(system: Path) -> None:
     (system / "cgroup").write_text("0::/not/mounted/here\n")
     group(system / "groups", 2, GIB, 0)
     assert memory.available_bytes() == GIB
+
+
+@pytest.mark.parametrize("text", ["nonsense", "0::", "0:", "", "::::", "0::/a\n4"])
+def test_odd_lines_about_groups_are_left_out(system: Path, text: str) -> None:
+    (system / "cgroup").write_text(text)
+    assert memory.available_bytes() == 8 * GIB
+    (system / "cgroup").write_bytes(b"0::/\xff\xfe")
+    assert memory.available_bytes() == 8 * GIB
+
+
+def test_file_pages_of_the_groups_below_count(system: Path) -> None:
+    """Version 1 tells its own in front of the total."""
+    (system / "cgroup").write_text("4:memory:/a\n")
+    folder = system / "groups" / "memory" / "a"
+    group(folder, 1, 3 * GIB, 2 * GIB)
+    (folder / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {GIB}\n")
+    assert memory.available_bytes() == 2 * GIB
