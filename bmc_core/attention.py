@@ -13,13 +13,25 @@ somebody else, may hold anything, NaN and Inf too.
 from __future__ import annotations
 
 import functools
-import math
-import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from bmc_core import native
+from bmc_core.checks import (
+    FLOAT32,
+    Span,
+    check_apart,
+    check_cpu_tensor,
+    check_number,
+    check_rows,
+    overlap,
+    overlaps_itself,
+    refusal,
+    same_or_apart,
+    spans_meet,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from bmc_core._native import Plan
@@ -29,87 +41,13 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_SIZES = range(32, 257, 16)
 BLOCK_ROWS = 16
 MAX_SEQ_LEN = 2**30  # KV rows of a sequence, rows of a block, query rows of a call
+MAX_HEADS = 2**20  # of queries, of K and V: 32 bits hold what native code counts of them
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _FP8_CODES = {dtype: code for code, dtype in enumerate(FP8_DTYPES, 1)}
-_FLOAT32 = torch.finfo(torch.float32)
+_BLOCK_SIZES = f"multiples of {BLOCK_ROWS} up to {MAX_SEQ_LEN}"
 _WINDOWS = "a positive number of rows, or None"
 _SOFT_CAPS = "0 (none) or a positive finite float32"
-
-
-# Called for every layer of every step: what is allowed is put into words only where it is not met.
-def _refusal(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{name} is {value}; allowed: {allowed}")
-
-
-def _check_cpu_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, dim: int) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: a torch.Tensor")
-    if not tensor.is_cpu:
-        raise ValueError(f"{name} is on device {tensor.device}; allowed: cpu")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {dtype}")
-    if tensor.dim() != dim:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {dim} dimensions")
-    # A CPU tensor's memory may still hold other values than the tensor, or not exist.
-    if tensor.is_neg():
-        raise ValueError(
-            f"{name} has its negative bit set (a view such as x.conj().imag); "
-            "allowed: a tensor whose memory holds its values, as resolve_neg() gives"
-        )
-    if not _has_memory(tensor):
-        raise ValueError(
-            f"{name} is a {type(tensor).__name__} without memory of its own; "
-            "allowed: a strided tensor with storage (no fake, sparse or freed one)"
-        )
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    try:
-        # The storage's address: that of a freed tensor is null, whatever its own offset is.
-        return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
-    except RuntimeError:  # sparse, or a wrapper of transforms: "does not have storage"
-        return False
-
-
-def _check_number(name: str, value: float, allowed: str = "a finite float32") -> None:
-    try:
-        finite = math.fabs(value) <= _FLOAT32.max
-    except OverflowError:  # an integer beyond any float
-        finite = False
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; allowed: {allowed}") from None
-    if not finite:
-        raise _refusal(name, value, allowed)
-
-
-def _whole_number(name: str, value: int, allowed: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; allowed: {allowed}") from None
-
-
-def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether two elements might lie at one address (never False where two do)."""
-    reach = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size == 0:
-            return False
-        if size > 1:
-            if stride < reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
-def _check_rows(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """`[tokens, heads, head size]`, any strides but the last, which must be 1."""
-    _check_cpu_tensor(name, tensor, dtype, 3)
-    if tensor.stride(2) != 1:
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}; allowed: a contiguous last dimension"
-        )
 
 
 class _CacheGeometry(NamedTuple):
@@ -124,13 +62,13 @@ class _CacheGeometry(NamedTuple):
     overlaps: bool
 
 
-def _cache_geometry(kv_cache: torch.Tensor) -> _CacheGeometry:
+def _cache_geometry(kv_cache: torch.Tensor) -> tuple[_CacheGeometry, Span]:
     if not isinstance(kv_cache, torch.Tensor):
         raise TypeError(f"kv_cache is a {type(kv_cache).__name__}; allowed: a torch.Tensor")
     if kv_cache.dtype not in _DTYPE_CODES and kv_cache.dtype not in _FP8_CODES:
         raise TypeError(f"kv_cache has dtype {kv_cache.dtype}; allowed: {(*DTYPES, *FP8_DTYPES)}")
-    _check_cpu_tensor("kv_cache", kv_cache, kv_cache.dtype, 4)
-    return _checked_geometry(kv_cache.shape, kv_cache.stride())
+    span = check_cpu_tensor("kv_cache", kv_cache, kv_cache.dtype, 4)
+    return _checked_geometry(kv_cache.shape, kv_cache.stride()), span
 
 
 @functools.lru_cache(maxsize=256)
@@ -138,17 +76,19 @@ def _checked_geometry(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Cach
     num_blocks, heads, block_size, width = shape
     stride_block, stride_head, stride_row, stride_element = strides
     if width % 2 or width // 2 not in HEAD_SIZES:
-        raise _refusal(
+        raise refusal(
             "kv_cache's last dimension", width, "2 x a head size of 32 to 256 in steps of 16"
         )
-    if block_size <= 0 or block_size % BLOCK_ROWS:
-        raise _refusal("kv_cache's block size", block_size, f"multiples of {BLOCK_ROWS}")
+    if not 0 < block_size <= MAX_SEQ_LEN or block_size % BLOCK_ROWS:
+        raise refusal("kv_cache's block size", block_size, _BLOCK_SIZES)
+    if heads > MAX_HEADS:
+        raise refusal("kv_cache's heads", heads, f"up to {MAX_HEADS}")
     if stride_element != 1 or stride_row != width:
         raise ValueError(
             f"kv_cache has strides {strides}; allowed: contiguous inside a "
             "(block, head), that is head-major blocks"
         )
-    overlaps = _overlaps(shape, strides)
+    overlaps = overlaps_itself(shape, strides)
     return _CacheGeometry(
         num_blocks, heads, block_size, width // 2, stride_block, stride_head, overlaps
     )
@@ -176,9 +116,9 @@ def _check_scales(kv_cache: torch.Tensor, key_scale: float, value_scale: float) 
     quantized = kv_cache.dtype in _FP8_CODES
     allowed = "a positive number" if quantized else f"1 for a cache of {kv_cache.dtype}"
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-        _check_number(name, scale, allowed)
-        if scale < _FLOAT32.tiny or not (quantized or scale == 1.0):
-            raise _refusal(name, scale, allowed)
+        check_number(name, scale, allowed)
+        if scale < FLOAT32.tiny or not (quantized or scale == 1.0):
+            raise refusal(name, scale, allowed)
 
 
 def write_kv(
@@ -204,37 +144,40 @@ def write_kv(
 
     Raises:
         TypeError: a dtype is not the allowed one.
-        ValueError, IndexError: a shape, stride, device or slot is not allowed, or a tensor has no
-            memory of its own. Nothing was written.
+        ValueError, IndexError: a shape, stride, device or slot is not allowed, a tensor has no
+            memory of its own, `key` or `value` shares memory with the cache, or a gradient would be
+            lost. Nothing was written.
     """
-    cache = _cache_geometry(kv_cache)
+    cache, cache_span = _cache_geometry(kv_cache)
     if cache.overlaps:
-        raise _refusal("kv_cache's strides", kv_cache.stride(), "blocks that do not overlap")
+        raise refusal("kv_cache's strides", kv_cache.stride(), "blocks that do not overlap")
     dtype_code, cache_code = _type_codes("key", key, kv_cache)
-    _check_rows("key", key, key.dtype)
-    _check_rows("value", value, key.dtype)
+    key_span, key_strides = check_rows("key", key, key.dtype)
+    value_span, value_strides = check_rows("value", value, key.dtype)
+    check_apart("key", key_span, "kv_cache", cache_span)
+    check_apart("value", value_span, "kv_cache", cache_span)
     _check_scales(kv_cache, key_scale, value_scale)
-    _check_cpu_tensor("slot_mapping", slot_mapping, torch.int64, 1)
+    check_cpu_tensor("slot_mapping", slot_mapping, torch.int64, 1)
     tokens = key.shape[0]
     shape = (tokens, cache.heads, cache.head_size)
     if key.shape != shape:
-        raise _refusal("key's shape", tuple(key.shape), f"{shape} (kv_cache's)")
+        raise refusal("key's shape", tuple(key.shape), f"{shape} (kv_cache's)")
     if value.shape != shape:
-        raise _refusal("value's shape", tuple(value.shape), f"{shape} (key's)")
+        raise refusal("value's shape", tuple(value.shape), f"{shape} (key's)")
     if slot_mapping.shape[0] < tokens or not slot_mapping.is_contiguous():
-        raise _refusal(
+        raise refusal(
             "slot_mapping's shape",
             tuple(slot_mapping.shape),
             f"contiguous, at least {tokens} (one slot per token)",
         )
     native.module().write(
-        key.data_ptr(),
-        key.stride(0),
-        key.stride(1),
-        value.data_ptr(),
-        value.stride(0),
-        value.stride(1),
-        kv_cache.data_ptr(),
+        key_span[0],
+        key_strides[0],
+        key_strides[1],
+        value_span[0],
+        value_strides[0],
+        value_strides[1],
+        cache_span[0],
         cache.stride_block,
         cache.stride_head,
         slot_mapping.data_ptr(),
@@ -285,58 +228,60 @@ class AttentionBatch:
         causal: bool = True,
         first_rows: torch.Tensor | None = None,
     ) -> None:
-        _check_cpu_tensor("query_start_loc", query_start_loc, torch.int32, 1)
-        _check_cpu_tensor("seq_lens", seq_lens, torch.int32, 1)
-        _check_cpu_tensor("block_table", block_table, torch.int32, 2)
-        allowed = f"multiples of {BLOCK_ROWS} up to {MAX_SEQ_LEN}"
-        block_size = _whole_number("block_size", block_size, allowed)
+        block_size = whole_number("block_size", block_size, _BLOCK_SIZES)
         if not 0 < block_size <= MAX_SEQ_LEN or block_size % BLOCK_ROWS:
-            raise _refusal("block_size", block_size, allowed)
+            raise refusal("block_size", block_size, _BLOCK_SIZES)
         if not isinstance(causal, bool):
             raise TypeError(f"causal is {causal!r}; allowed: True or False")
-        sequences = seq_lens.shape[0]
-        if query_start_loc.shape[0] != sequences + 1:
-            raise _refusal(
-                "query_start_loc's length",
-                query_start_loc.shape[0],
-                f"{sequences + 1} (sequences + 1)",
-            )
-        if block_table.shape[0] < sequences:
-            raise _refusal(
-                "block_table's shape",
-                tuple(block_table.shape),
-                f"at least {sequences} rows (one per sequence)",
-            )
-        if block_table.shape[1] > 0 and block_table.stride(1) != 1:
-            raise ValueError(
-                f"block_table has strides {block_table.stride()}; allowed: contiguous rows"
-            )
-        if first_rows is not None:
-            _check_cpu_tensor("first_rows", first_rows, torch.int32, 1)
-            if first_rows.shape[0] != sequences:
-                raise _refusal(
-                    "first_rows' length", first_rows.shape[0], f"{sequences} (one per sequence)"
-                )
-            first_rows = first_rows.contiguous()
-        self.first_rows = first_rows
-        self.query_start_loc = query_start_loc.contiguous()
-        self.seq_lens = seq_lens.contiguous()
+        self.query_start_loc = query_start_loc
+        self.seq_lens = seq_lens
         self.block_table = block_table
+        self.first_rows = first_rows
         self.block_size = block_size
         self.causal = causal
+        self._check_tensors()
         self._plans: dict[tuple[int, int, int], Plan] = {}
+
+    def _check_tensors(self) -> None:
+        """Types and shapes: when the batch is made, and again when they are read, since a tensor's
+        shape and memory may change in between."""
+        check_cpu_tensor("query_start_loc", self.query_start_loc, torch.int32, 1)
+        check_cpu_tensor("seq_lens", self.seq_lens, torch.int32, 1)
+        check_cpu_tensor("block_table", self.block_table, torch.int32, 2)
+        sequences = self.seq_lens.shape[0]
+        starts, rows = self.query_start_loc.shape[0], self.block_table.shape[0]
+        if starts != sequences + 1:
+            raise refusal("query_start_loc's length", starts, f"{sequences + 1} (sequences + 1)")
+        if rows < sequences:
+            raise refusal(
+                "block_table's shape",
+                tuple(self.block_table.shape),
+                f"at least {sequences} rows (one per sequence)",
+            )
+        if self.block_table.shape[1] > 0 and self.block_table.stride(1) != 1:
+            raise ValueError(
+                f"block_table has strides {self.block_table.stride()}; allowed: contiguous rows"
+            )
+        if self.first_rows is not None:
+            check_cpu_tensor("first_rows", self.first_rows, torch.int32, 1)
+            count = self.first_rows.shape[0]
+            if count != sequences:
+                raise refusal("first_rows' length", count, f"{sequences} (one per sequence)")
 
     def plan(self, tokens: int, num_query_heads: int, num_kv_heads: int, window: int) -> Plan:
         """The native plan for one layer geometry and `tokens` query rows; `window` 0 means none."""
         key = (num_query_heads, num_kv_heads, window)
         plan = self._plans.get(key)
         if plan is None:
+            self._check_tensors()
+            starts, seq_lens = self.query_start_loc.contiguous(), self.seq_lens.contiguous()
+            first_rows = None if self.first_rows is None else self.first_rows.contiguous()
             plan = native.module().Plan(
-                self.query_start_loc.data_ptr(),
-                self.seq_lens.data_ptr(),
-                0 if self.first_rows is None else self.first_rows.data_ptr(),
+                starts.data_ptr(),
+                seq_lens.data_ptr(),
+                0 if first_rows is None else first_rows.data_ptr(),
                 self.block_table.data_ptr(),
-                self.seq_lens.shape[0],
+                seq_lens.shape[0],
                 tokens,
                 self.block_table.shape[1],
                 self.block_table.stride(0),
@@ -348,24 +293,23 @@ class AttentionBatch:
             )
             self._plans[key] = plan
         if plan.num_tokens != tokens:
-            raise _refusal(
-                "query's rows", tokens, f"{plan.num_tokens} (the end of query_start_loc)"
-            )
+            raise refusal("query's rows", tokens, f"{plan.num_tokens} (the end of query_start_loc)")
         return plan
 
 
-def _per_head(name: str, tensor: torch.Tensor | None, heads: int) -> int:
+def _per_head(name: str, tensor: torch.Tensor | None, heads: int, out_span: Span) -> int:
     """Address of a float32 `[heads]` tensor, 0 for None."""
     if tensor is None:
         return 0
-    _check_cpu_tensor(name, tensor, torch.float32, 1)
+    span = check_cpu_tensor(name, tensor, torch.float32, 1)
+    check_apart("out", out_span, name, span)
     if tensor.shape[0] != heads or not tensor.is_contiguous():
-        raise _refusal(
+        raise refusal(
             f"{name}'s shape",
             tuple(tensor.shape),
             f"contiguous ({heads},), one value per query head",
         )
-    return tensor.data_ptr()
+    return span[0]
 
 
 def paged_attention(
@@ -394,7 +338,8 @@ def paged_attention(
             cache), last dimension contiguous.
         kv_cache: `[num_blocks, kv heads, block_size, 2 * head size]`.
         batch: which rows belong to whom; its query rows must be all of `query`'s.
-        out: same shape and dtype as `query`.
+        out: same shape and dtype as `query`; may be `query` itself, else shares no memory with
+            what is read.
         scale: factor of the logits, usually `head_size ** -0.5`.
         sliding_window: a query sees this many rows, its own included; None: all.
         alibi_slopes: float32 `[query heads]`.
@@ -405,47 +350,55 @@ def paged_attention(
     Raises:
         TypeError: a dtype or a setting's type is not the allowed one.
         ValueError, IndexError: a shape, stride, device, length, block id or setting is not allowed,
-            or a tensor has no memory of its own.
+            a tensor has no memory of its own, `out` overlaps what is read, or a gradient would be
+            lost.
         RuntimeError: another thread attends with the same batch.
     """
-    cache = _cache_geometry(kv_cache)
+    cache, cache_span = _cache_geometry(kv_cache)
     dtype_code, cache_code = _type_codes("query", query, kv_cache)
-    _check_rows("query", query, query.dtype)
-    _check_rows("out", out, query.dtype)
+    query_span, query_strides = check_rows("query", query, query.dtype)
+    out_span, out_strides = check_rows("out", out, query.dtype)
     _check_scales(kv_cache, key_scale, value_scale)
-    _check_number("scale", scale)
-    _check_number("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
+    check_number("scale", scale)
+    check_number("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
     tokens, heads, head_size = query.shape
+    if heads > MAX_HEADS:
+        raise refusal("query's heads", heads, f"up to {MAX_HEADS}")
     if head_size != cache.head_size:
-        raise _refusal("query's head size", head_size, f"{cache.head_size}")
+        raise refusal("query's head size", head_size, f"{cache.head_size}")
     if out.shape != query.shape:
-        raise _refusal("out's shape", tuple(out.shape), f"{tuple(query.shape)}")
-    if not out.is_contiguous() and _overlaps(out.shape, out.stride()):
-        raise _refusal("out's strides", out.stride(), "rows that do not overlap")
+        raise refusal("out's shape", tuple(out.shape), f"{tuple(query.shape)}")
+    if not out.is_contiguous() and overlaps_itself(out.shape, out_strides):
+        raise refusal("out's strides", out_strides, "rows that do not overlap")
+    check_apart("out", out_span, "kv_cache", cache_span)
+    if spans_meet(out_span, query_span) and not same_or_apart(out, query):
+        raise overlap("out", "query")
+    if not isinstance(batch, AttentionBatch):
+        raise TypeError(f"batch is a {type(batch).__name__}; allowed: an AttentionBatch")
     if batch.block_size != cache.block_size:
-        raise _refusal(
+        raise refusal(
             "the batch's block_size", batch.block_size, f"{cache.block_size} (kv_cache's)"
         )
     window = 0
     if sliding_window is not None:
-        window = _whole_number("sliding_window", sliding_window, _WINDOWS)
+        window = whole_number("sliding_window", sliding_window, _WINDOWS)
         if window <= 0:
-            raise _refusal("sliding_window", sliding_window, _WINDOWS)
-    if logits_soft_cap != 0.0 and logits_soft_cap < _FLOAT32.tiny:
-        raise _refusal("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
-    slopes = _per_head("alibi_slopes", alibi_slopes, heads)
-    sink_logits = _per_head("sinks", sinks, heads)
+            raise refusal("sliding_window", sliding_window, _WINDOWS)
+    if logits_soft_cap != 0.0 and logits_soft_cap < FLOAT32.tiny:
+        raise refusal("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
+    slopes = _per_head("alibi_slopes", alibi_slopes, heads, out_span)
+    sink_logits = _per_head("sinks", sinks, heads, out_span)
     plan = batch.plan(tokens, heads, cache.heads, min(window, MAX_SEQ_LEN))
     native.module().attend(
         plan,
         tokens,
-        query.data_ptr(),
-        query.stride(0),
-        query.stride(1),
-        out.data_ptr(),
-        out.stride(0),
-        out.stride(1),
-        kv_cache.data_ptr(),
+        query_span[0],
+        query_strides[0],
+        query_strides[1],
+        out_span[0],
+        out_strides[0],
+        out_strides[1],
+        cache_span[0],
         cache.num_blocks,
         cache.stride_block,
         cache.stride_head,

@@ -1,6 +1,6 @@
 // The native module bmc_core._native: addresses, shapes and strides in; exceptions out. What a
-// tensor may be is checked in bmc_core/attention.py; here everything that a wrong value could turn
-// into a wild address is checked again.
+// tensor may be is checked in bmc_core/attention.py and checks.py; here everything that a wrong
+// value could turn into a wild address is checked again.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -237,10 +237,6 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init(&make_plan))
       .def_property_readonly("num_tokens", &Plan::num_tokens)
-      .def_property_readonly("num_kv_heads", &Plan::num_kv_heads)
-      .def_property_readonly("num_query_heads", &Plan::num_query_heads)
-      .def_property_readonly("block_size", &Plan::block_size)
-      .def_property_readonly("num_threads", &Plan::num_threads)
       .def("work_items", [](const Plan& plan) {
         std::vector<py::tuple> rows;
         for (const WorkItem& item : plan.items()) {

@@ -51,8 +51,6 @@ class Plan {
   int64_t num_tokens() const { return query_start_.back(); }
   int32_t min_block() const { return min_block_; }
   int32_t max_block() const { return max_block_; }
-  int32_t num_kv_heads() const { return num_kv_heads_; }
-  int32_t num_query_heads() const { return num_kv_heads_ * group_size_; }
   int32_t block_size() const { return block_size_; }
   int32_t num_threads() const { return num_threads_; }  // 1 where the work is too small to share
   int64_t num_partial_rows() const { return num_partial_rows_; }

@@ -7,27 +7,16 @@ import re
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from bmc_core import native
-from bmc_core.attention import MAX_SEQ_LEN, AttentionBatch, paged_attention, write_kv
-from tests.support.reference import Case, Inputs
+from bmc_core.attention import MAX_HEADS, MAX_SEQ_LEN, AttentionBatch, paged_attention, write_kv
+from tests.support.reference import Inputs
+from tests.support.small_batch import attend, small_inputs
 
 
 @pytest.fixture
 def inputs() -> Inputs:
-    return Inputs(Case(seq_lens=[40, 20], query_lens=[1, 2], poison=0.0))
-
-
-def attend(inputs: Inputs, **changes) -> None:
-    arguments = {
-        "query": inputs.query,
-        "kv_cache": inputs.kv_cache,
-        "batch": inputs.batch(),
-        "out": torch.empty_like(inputs.query),
-        "scale": 1.0,
-    }
-    paged_attention(**{**arguments, **changes})
+    return small_inputs()
 
 
 def test_wrong_dtypes(inputs: Inputs) -> None:
@@ -41,6 +30,8 @@ def test_wrong_dtypes(inputs: Inputs) -> None:
         attend(inputs, query=[1.0])
     with pytest.raises(TypeError, match="kv_cache is a NoneType"):
         attend(inputs, kv_cache=None)
+    with pytest.raises(TypeError, match="batch is a NoneType; allowed: an AttentionBatch"):
+        attend(inputs, batch=None)
     with pytest.raises(TypeError, match="alibi_slopes has dtype torch.float64"):
         attend(inputs, alibi_slopes=torch.zeros(4, dtype=torch.float64))
 
@@ -68,6 +59,35 @@ def test_wrong_shapes(inputs: Inputs) -> None:
         attend(inputs, kv_cache=torch.zeros(4, 2, 24, 128))
     with pytest.raises(ValueError, match="the batch's block_size is 32; allowed: 16"):
         attend(inputs, kv_cache=torch.zeros(4, 2, 16, 128))
+
+
+def test_sizes_that_native_code_does_not_count(inputs: Inputs) -> None:
+    """Tensors without elements may have any size."""
+    for heads in (MAX_HEADS + 1, 2**31, 2**40):
+        empty = torch.empty(0, heads, 64)
+        cache = torch.empty(0, heads, 32, 128)
+        with pytest.raises(ValueError, match=f"^query's heads is {heads}; allowed: up to 1048576"):
+            attend(inputs, query=empty, out=empty.clone())
+        with pytest.raises(ValueError, match=f"^kv_cache's heads is {heads}; allowed: up to"):
+            attend(inputs, kv_cache=cache)
+        with pytest.raises(ValueError, match=f"^kv_cache's heads is {heads}; allowed: up to"):
+            write_kv(empty, empty, cache, torch.empty(0, dtype=torch.int64))
+    for block_size in (MAX_SEQ_LEN + 16, 2**33):
+        cache = torch.empty(0, 2, block_size, 128)
+        message = f"^kv_cache's block size is {block_size}; allowed: multiples of 16 up to"
+        with pytest.raises(ValueError, match=message):
+            attend(inputs, kv_cache=cache)
+        with pytest.raises(ValueError, match=message):
+            write_kv(torch.empty(0, 2, 64), torch.empty(0, 2, 64), cache, torch.tensor([0]))
+
+
+def test_the_most_heads_are_accepted() -> None:
+    query = torch.empty(0, MAX_HEADS, 32)
+    cache = torch.empty(0, MAX_HEADS, 16, 64)
+    starts = torch.zeros(1, dtype=torch.int32)
+    batch = AttentionBatch(starts, starts[1:], torch.empty(0, 1, dtype=torch.int32), 16)
+    paged_attention(query, cache, batch, query.clone(), scale=1.0)
+    write_kv(query, query, cache, torch.empty(0, dtype=torch.int64))
 
 
 def test_wrong_strides(inputs: Inputs) -> None:
@@ -110,129 +130,6 @@ def test_a_window_wider_than_any_sequence_is_none(inputs: Inputs) -> None:
     for window in (2**31 - 1, 2**31, 2**63 - 1):
         inputs.case.sliding_window = window
         assert torch.equal(inputs.run(), expected)
-
-
-def test_overlapping_memory(inputs: Inputs) -> None:
-    """What is written must not lie on itself; what is only read may."""
-    for out in (
-        torch.empty(1, 4, 64).expand(3, 4, 64),
-        torch.empty(3, 1, 64).expand(3, 4, 64),
-        torch.empty(1000).as_strided((3, 4, 64), (100, 32, 1)),
-    ):
-        with pytest.raises(ValueError, match="out's strides is .*; allowed: rows that do not over"):
-            attend(inputs, out=out)
-    inputs.query = inputs.query[:1].expand(3, 4, 64)
-    expected = inputs.reference()
-    torch.testing.assert_close(inputs.run(), expected)
-    rows = torch.ones(2, 2, 64)
-    overlapping = inputs.kv_cache[:1].expand_as(inputs.kv_cache)
-    with pytest.raises(ValueError, match="kv_cache's strides is .*; allowed: blocks that do not"):
-        write_kv(rows, rows, overlapping, torch.tensor([0, 32]))
-
-
-def test_strides_of_a_fused_buffer_do_not_overlap(inputs: Inputs) -> None:
-    """Heads before tokens, and rows with others between them: both are views that callers hand."""
-    expected = inputs.run()
-    for out in (torch.empty(4, 3, 64).transpose(0, 1), torch.empty(3, 12, 64)[:, 4:8]):
-        attend(inputs, out=out, scale=inputs.scale)
-        assert torch.equal(out, expected)
-
-
-def negated(tensor: torch.Tensor) -> torch.Tensor:
-    return torch._neg_view(tensor)
-
-
-def fake(tensor: torch.Tensor) -> torch.Tensor:
-    return FakeTensorMode().from_tensor(tensor)
-
-
-def freed(tensor: torch.Tensor) -> torch.Tensor:
-    whole = tensor.clone()
-    whole.untyped_storage().resize_(0)
-    return whole
-
-
-def freed_with_an_offset(tensor: torch.Tensor) -> torch.Tensor:
-    whole = torch.cat([tensor, tensor])
-    part = whole[len(tensor) :]
-    whole.untyped_storage().resize_(0)
-    return part
-
-
-def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("meta")
-
-
-def sparse(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_sparse()
-
-
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (negated, "has its negative bit set"),
-        (fake, "is a FakeTensor without memory"),
-        (freed, "is a Tensor without memory"),
-        (freed_with_an_offset, "is a Tensor without memory"),
-        (on_meta, "is on device meta; allowed: cpu"),
-        (sparse, "is a Tensor without memory"),
-    ],
-)
-def test_tensors_whose_memory_is_not_their_values(inputs: Inputs, change, message: str) -> None:
-    """Every tensor argument is refused by its name, and nothing is read or written."""
-    arguments = {
-        "query": inputs.query,
-        "kv_cache": inputs.kv_cache,
-        "out": torch.zeros_like(inputs.query),
-        "alibi_slopes": torch.ones(4),
-        "sinks": torch.ones(4),
-    }
-    before = inputs.kv_cache.clone()
-    for name in arguments:
-        with pytest.raises(ValueError, match=f"^{name} {message}"):
-            attend(inputs, **{**arguments, name: change(arguments[name])})
-    rows = torch.ones(2, 2, 64)
-    written = {
-        "key": rows,
-        "value": rows,
-        "kv_cache": inputs.kv_cache,
-        "slot_mapping": torch.tensor([33, 34]),
-    }
-    for name in written:
-        with pytest.raises(ValueError, match=f"^{name} {message}"):
-            write_kv(**{**written, name: change(written[name])})
-    tables = {
-        "query_start_loc": inputs.query_start_loc,
-        "seq_lens": inputs.seq_lens,
-        "block_table": inputs.block_table,
-        "first_rows": torch.zeros_like(inputs.seq_lens),
-    }
-    for name in tables:
-        with pytest.raises(ValueError, match=f"^{name} {message}"):
-            AttentionBatch(**{**tables, name: change(tables[name])}, block_size=32)
-    assert torch.equal(inputs.kv_cache, before)
-    assert (arguments["out"] == 0).all()
-
-
-def test_transformed_tensors_are_refused(inputs: Inputs) -> None:
-    def attend_one(query: torch.Tensor) -> torch.Tensor:
-        attend(inputs, query=query)
-        return query
-
-    with pytest.raises(ValueError, match="query is a Tensor without memory of its own"):
-        torch.vmap(attend_one)(inputs.query[None])
-
-
-def test_subclasses_and_parameters_with_memory_are_accepted(inputs: Inputs) -> None:
-    class Named(torch.Tensor):
-        pass
-
-    expected = inputs.run()
-    for query in (inputs.query.as_subclass(Named), torch.nn.Parameter(inputs.query)):
-        out = torch.empty_like(inputs.query)
-        attend(inputs, query=query, out=out, scale=inputs.scale)
-        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("block", [-1, 5000, 2**31 - 1, -(2**31)])
