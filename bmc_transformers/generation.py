@@ -74,7 +74,9 @@ def enable(
     Raises:
         TypeError: not a model with `generate`, or a setting of the wrong type.
         ValueError: a model whose cache is not K and V of a decoder, or a setting that this model
-            cannot have. The model is as before.
+            cannot have.
+
+        After these and any other error the model is as before, an earlier `enable` included.
     """
     _check_model(model)
     settings = _Enabled(BMCPolicy.parse(policy), _choose_attention(model, attention))

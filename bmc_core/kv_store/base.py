@@ -14,8 +14,6 @@ Here is what the layouts share.
 from __future__ import annotations
 
 import copy
-import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,7 +23,7 @@ import torch
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.kv_store.moves import reorder_in_place
-from bmc_core.machine.memory import DENSE, fits_huge_pages, prefer_huge_pages
+from bmc_core.machine.memory import DENSE, fits_huge_pages
 from bmc_core.policy import GrowthPolicy
 
 MIN_SPARE_ROWS = 16
@@ -51,26 +49,6 @@ def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None
             f"{rows!r}; allowed: an int >= {needed}"
         )
     return rows
-
-
-def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> torch.Tensor:
-    """Uninitialized memory that may be written inside and outside `torch.inference_mode`.
-
-    `dense`: whether most of it will soon be written. What is not written takes no memory, also
-    under `torch.use_deterministic_algorithms`, where `torch.empty` would fill it.
-
-    Raises:
-        RuntimeError: no memory.
-    """
-    num_bytes = math.prod(shape) * like.element_size()
-    if num_bytes > sys.maxsize:
-        raise RuntimeError(f"can't allocate {num_bytes} bytes, a tensor of shape {shape}")
-    with torch.inference_mode(False):
-        storage = torch.UntypedStorage(num_bytes, device=like.device)
-        tensor = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage).view(shape)
-    if dense:
-        prefer_huge_pages(tensor)
-    return tensor
 
 
 class KVStore(ABC):

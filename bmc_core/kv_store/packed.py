@@ -25,10 +25,11 @@ from bmc_core.attention import (
     paged_attention,
     write_kv,
 )
-from bmc_core.kv_store.base import KVStore, new_tensor
+from bmc_core.kv_store.base import KVStore
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.moves import move_to_front
 from bmc_core.kv_store.tables import StepTables
+from bmc_core.kv_store.tensors import new_tensor
 from bmc_core.machine.memory import PIECE, discard
 from bmc_core.policy import GrowthPolicy
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from bmc_core.kv_store.base import KVStore, new_tensor
+from bmc_core.kv_store.base import KVStore
 from bmc_core.kv_store.moves import move_to_front
+from bmc_core.kv_store.tensors import new_tensor
 
 
 class RowsStore(KVStore):
