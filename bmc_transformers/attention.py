@@ -113,7 +113,10 @@ def _why_not_native(
     is_causal: bool,
     kwargs: dict[str, Any],
 ) -> str | None:
-    """Why the kernel cannot be used for this call; None: it can."""
+    """Why the kernel cannot be used for this call; None: it can.
+
+    No number that changes from step to step is in it: it is logged once per wording.
+    """
     store = key.store
     if (
         type(value) is not PackedRows
@@ -130,11 +133,13 @@ def _why_not_native(
     elif type(mask) is not CausalMask or mask.is_modified:
         return "the mask is more than causal with a window or left padding"
     elif mask.shape[2:] != (query.shape[2], key.shape[2]) or mask.shape[0] != query.shape[0]:
-        return f"the mask {tuple(mask.shape)} is of other rows than query and key"
+        return "the mask is of other rows than query and key"
     if dropout:
         return f"dropout is {dropout}"
-    if query.dtype != key.dtype or query.shape[0] != key.shape[0]:
-        return f"the query is {query.dtype} {tuple(query.shape)}, the cache {key.dtype}"
+    if query.dtype != key.dtype:
+        return f"the query is {query.dtype}, the cache {key.dtype}"
+    if query.shape[0] != key.shape[0]:
+        return "the query is of another batch than the cache"
     for name, argument in kwargs.items():
         if argument is not None and name not in NEUTRAL:
             return f"the model passes {name}"

@@ -23,6 +23,7 @@ from bmc_core.kv_store import (
     PackedStore,
     RowsStore,
     StepTables,
+    reorder_stores,
     uninterrupted,
     why_not_packed,
 )
@@ -186,11 +187,7 @@ class BMCCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i of every layer becomes what `beam_idx[i]` was, in place."""
-        for store in self._filled():
-            store.check_reorder(beam_idx)
-        with uninterrupted():
-            for store in self._filled():
-                store.reorder(beam_idx)
+        reorder_stores(self._filled(), beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""

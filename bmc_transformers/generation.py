@@ -74,13 +74,17 @@ def enable(
     Raises:
         TypeError: not a model with `generate`, or a setting of the wrong type.
         ValueError: a model whose cache is not K and V of a decoder, or a setting that this model
-            cannot have. The model is as before.
+            cannot have.
+
+        After these and any other error the model is as before, an earlier `enable` included.
     """
     _check_model(model)
     settings = _Enabled(BMCPolicy.parse(policy), _choose_attention(model, attention))
     if not isinstance(pack_linears, bool):
         raise TypeError(f"pack_linears={pack_linears!r}: allowed are True and False")
     before = vars(model).get(_STATE)
+    implementations = _implementations(model)
+    was_packed = any(type(module) is linears.PackedLinear for module in model.modules())
     if before is None:
         _put_methods(model, settings)
     else:
@@ -89,12 +93,15 @@ def enable(
     vars(model)[_STATE] = settings
     try:
         _set_attention(model, settings)
-        if pack_linears:
-            linears.pack_linears(model)
-        else:
-            linears.unpack_linears(model)
+        _set_linears(model, pack_linears)
     except BaseException:
-        disable(model)
+        if before is None:
+            disable(model)
+        else:
+            vars(model)[_STATE] = before
+            for config, implementation in implementations:
+                config._attn_implementation_internal = implementation
+            _set_linears(model, was_packed)
         raise
     return model
 
@@ -274,10 +281,15 @@ def _set_attention(model: PreTrainedModel, settings: _Enabled) -> None:
         return
     bmc_attention.register_attention()
     if not settings.previous_attention:
-        settings.previous_attention = [
-            (config, config._attn_implementation_internal) for config in _configs(model)
-        ]
+        settings.previous_attention = _implementations(model)
     model.set_attn_implementation(_for_decoder(model, bmc_attention.NAME))
+
+
+def _set_linears(model: PreTrainedModel, pack: bool) -> None:
+    if pack:
+        linears.pack_linears(model)
+    else:
+        linears.unpack_linears(model)
 
 
 def _for_decoder(model: PreTrainedModel, name: str) -> str | dict[str, str]:
@@ -297,8 +309,8 @@ def _restore_attention(settings: _Enabled) -> None:
     settings.previous_attention = []
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every config of the model and its parts, once."""
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, Any]]:
+    """Every config of the model and its parts, once, and its attention implementation."""
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -308,4 +320,4 @@ def _configs(model: PreTrainedModel) -> list[Any]:
         config = getattr(model.config, key, None)
         if hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
-    return list(found.values())
+    return [(config, config._attn_implementation_internal) for config in found.values()]

@@ -46,12 +46,12 @@ class BMCLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """The valid keys `[batch, heads, rows, size]`; a view, or a copy if packed."""
-        return None if self.store is None or not self.store.batch_size else self.store.keys()
+        return None if self.store is None or not self.store.has_shape else self.store.keys()
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """The valid values `[batch, heads, rows, size]`; a view, or a copy if packed."""
-        return None if self.store is None or not self.store.batch_size else self.store.values()
+        return None if self.store is None or not self.store.has_shape else self.store.values()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.store = self._stores.make(key_states, value_states)

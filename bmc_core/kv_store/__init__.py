@@ -1,6 +1,6 @@
 """The chunked KV store, in two layouts: plain rows, and packed for the native attention kernel."""
 
-from bmc_core.kv_store.base import KVStore
+from bmc_core.kv_store.base import KVStore, reorder_stores
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
 from bmc_core.kv_store.packed import PackedStore, why_not_packed
@@ -13,6 +13,7 @@ __all__ = [
     "PackedStore",
     "RowsStore",
     "StepTables",
+    "reorder_stores",
     "uninterrupted",
     "why_not_packed",
 ]

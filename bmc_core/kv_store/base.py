@@ -13,20 +13,18 @@ Here is what the layouts share.
 
 from __future__ import annotations
 
-import math
-import sys
+import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from bmc_core.kv_store.counters import KVCounters
 from bmc_core.kv_store.interrupts import uninterrupted
-from bmc_core.machine.memory import DENSE, fits_huge_pages, prefer_huge_pages
+from bmc_core.kv_store.moves import reorder_in_place
+from bmc_core.machine.memory import DENSE, fits_huge_pages
 from bmc_core.policy import GrowthPolicy
-
-BUFFER_BYTES = 4 << 20
-"""Rows that move in place go through a buffer of about this size, small enough to stay in cache."""
 
 MIN_SPARE_ROWS = 16
 """A sliding store may have at least so many spare rows, however short its window is."""
@@ -37,30 +35,20 @@ def rows_to_hold(policy: GrowthPolicy, held: int, needed: int, limit: int | None
 
     A sequence that outgrows it moves it to the double, so that the growths stay as rare as the
     policy wants them.
+
+    Raises:
+        TypeError, ValueError: the policy's answer is not an int, or fewer rows than needed.
     """
     while limit is not None and needed > limit:
         limit = max(1, 2 * limit)
-    return policy.rows_to_hold(held, needed, limit)
-
-
-def new_tensor(shape: tuple[int, ...], like: torch.Tensor, *, dense: bool) -> torch.Tensor:
-    """Uninitialized memory that may be written inside and outside `torch.inference_mode`.
-
-    `dense`: whether most of it will soon be written. What is not written takes no memory, also
-    under `torch.use_deterministic_algorithms`, where `torch.empty` would fill it.
-
-    Raises:
-        RuntimeError: no memory.
-    """
-    num_bytes = math.prod(shape) * like.element_size()
-    if num_bytes > sys.maxsize:
-        raise RuntimeError(f"can't allocate {num_bytes} bytes, a tensor of shape {shape}")
-    with torch.inference_mode(False):
-        storage = torch.UntypedStorage(num_bytes, device=like.device)
-        tensor = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage).view(shape)
-    if dense:
-        prefer_huge_pages(tensor)
-    return tensor
+    rows = policy.rows_to_hold(held, needed, limit)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < needed:
+        kind = ValueError if isinstance(rows, int) else TypeError
+        raise kind(
+            f"policy {policy!r}: rows_to_hold(held={held}, needed={needed}, limit={limit}) is "
+            f"{rows!r}; allowed: an int >= {needed}"
+        )
+    return rows
 
 
 class KVStore(ABC):
@@ -112,6 +100,11 @@ class KVStore(ABC):
 
     @property
     @abstractmethod
+    def has_shape(self) -> bool:
+        """Whether rows were appended, be they none, since it was made or released."""
+
+    @property
+    @abstractmethod
     def batch_size(self) -> int:
         """Sequences; 0 before the first append."""
 
@@ -146,8 +139,14 @@ class KVStore(ABC):
         it finds no memory."""
 
     @abstractmethod
-    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
-        """Allocates what `_write` will need for `rows` rows from `first` on."""
+    def _writable(self, rows: torch.Tensor) -> torch.Tensor:
+        """New keys or values as `_write` takes them: the same, or a copy."""
+
+    @abstractmethod
+    def _prepare_write(
+        self, key: torch.Tensor, value: torch.Tensor, first: int, capacity: int
+    ) -> None:
+        """Allocates what `_write` will need for these rows at `first`, and raises what it would."""
 
     @abstractmethod
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -162,8 +161,8 @@ class KVStore(ABC):
         """Replaces the tensors by `_gathered`'s."""
 
     @abstractmethod
-    def _reorder(self, indices: torch.Tensor) -> None:
-        """Sequence i becomes what `indices[i]` was, in place; none has where it finds no memory."""
+    def _parts(self) -> list[torch.Tensor]:
+        """Views of all that is valid, sequences and heads their first two dimensions."""
 
     # What a user calls.
 
@@ -172,7 +171,7 @@ class KVStore(ABC):
 
         Args:
             key: `[batch, heads, rows, key size]`; its values are copied, gradients are not kept.
-            value: `[batch, heads, rows, value size]`, same dtype and device.
+            value: `[batch, heads, rows, value size]`, same device; same dtype if packed.
             keep: rows, counted back from the newest valid one, that must stay; the store may drop
                 older ones rather than grow. None: all stay.
 
@@ -181,19 +180,23 @@ class KVStore(ABC):
 
         Raises:
             ValueError: shapes, dtypes or devices do not go with each other or with what is held.
-            RuntimeError: no memory for a growth (torch's allocator). The store is as before.
+            TypeError, ValueError: the policy's answer is no number of rows, or too small a one.
+            RuntimeError: no memory for a growth. The rows that were held are as before.
         """
         if self.length == 0 and (self.capacity == 0 or not self.fits(key, value)):
             self._check_rows(key, value)
-            self.release()
-            self._start(key, value)
+            with uninterrupted():
+                self.release()
+                self._start(key, value)
         elif not self.fits(key, value):
             raise ValueError(
-                f"key {tuple(key.shape)} and value {tuple(value.shape)} of {key.dtype} on "
-                f"{key.device} do not go with the rows that are held; allowed: {self._held()}"
+                f"key {tuple(key.shape)} of {key.dtype} on {key.device} and value "
+                f"{tuple(value.shape)} of {value.dtype} on {value.device} do not go with the rows "
+                f"that are held; allowed: {self._held()}"
             )
-        dropped = self._make_room(key.shape[2], keep)
-        self._write(key.detach(), value.detach())
+        key, value = self._writable(key.detach()), self._writable(value.detach())
+        dropped = self._make_room(key, value, keep)
+        self._write(key, value)
         self.length += key.shape[2]
         return dropped
 
@@ -215,32 +218,20 @@ class KVStore(ABC):
 
     def release(self) -> None:
         """Forgets all rows and gives the memory back; the next rows may be of any shape."""
-        self.counters.released(self.num_bytes)
-        self._release()
-        self.length = self.capacity = 0
-        self.epoch += 1
+        with uninterrupted():
+            self.counters.released(self.num_bytes)
+            self._release()
+            self.length = self.capacity = 0
+            self.epoch += 1
 
     def reorder(self, indices: torch.Tensor) -> None:
         """Sequence i becomes what `indices[i]` was (beam search), in place.
 
         Raises:
             ValueError, IndexError: not one index of a sequence for each sequence.
+            RuntimeError: no memory. Nothing changed.
         """
-        indices = self.check_reorder(indices)
-        if self.length and not torch.equal(indices.cpu(), torch.arange(self.batch_size)):
-            with uninterrupted():
-                self._reorder(indices)
-                self.epoch += 1
-            self.counters.copied(self.length, self.length * self.row_bytes)
-
-    def check_reorder(self, indices: torch.Tensor) -> torch.Tensor:
-        """Raises what `reorder` would raise; returns the indices as it uses them."""
-        indices = self._checked_indices(indices)
-        if indices.shape[0] != self.batch_size:
-            raise ValueError(
-                f"indices: {indices.shape[0]} of them; allowed: {self.batch_size}, one per sequence"
-            )
-        return indices
+        reorder_stores([self], indices)
 
     def gathered(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """First half of a change of the batch: the new tensors, to be given to `adopt`.
@@ -259,19 +250,60 @@ class KVStore(ABC):
         with uninterrupted():
             self._adopt(tensors)
             self.epoch += 1
-        self.counters.allocated(self.num_bytes)
-        self.counters.released(before)
-        self.counters.copied(self.length, self.length * self.row_bytes)
+            self.counters.allocated(self.num_bytes)
+            self.counters.released(before)
+            self.counters.copied(self.length, self.length * self.row_bytes)
 
     def select(self, indices: torch.Tensor) -> None:
         """Sequence i is now what `indices[i]` was; the batch may become smaller or larger."""
         self.adopt(self.gathered(indices))
 
+    # Copies and pickles.
+
+    def __copy__(self) -> KVStore:
+        """As a deep copy: two stores must not write into the same memory."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
+        """A store of its own with the same rows and capacity, good inside and outside
+        `torch.inference_mode` wherever it was made."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(self._without_tensors(), memo))
+        if self.has_shape:
+            twin._adopt(self._gathered(torch.arange(self.batch_size)))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles: the valid rows, and the capacity as a number."""
+        rows = None
+        if self.has_shape:
+            both = (self.keys(), self.values())
+            rows = [held.clone(memory_format=torch.contiguous_format) for held in both]
+        return {**self._without_tensors(), "rows": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows = state["rows"]
+        vars(self).update((name, held) for name, held in state.items() if name != "rows")
+        if rows is not None:
+            counters, length, capacity = self.counters, self.length, self.capacity
+            # The pickled counters have these tensors already.
+            self.counters, self.length, self.capacity = KVCounters(), 0, 0
+            self._start(*rows)
+            self._resize(capacity, 0, length)
+            self._write(*rows)
+            self.counters, self.length = counters, length
+
+    def _without_tensors(self) -> dict[str, Any]:
+        return {
+            name: held for name, held in vars(self).items() if not isinstance(held, torch.Tensor)
+        }
+
     # Shared inside.
 
-    def _make_room(self, rows: int, keep: int | None) -> int:
-        """Room for `rows` more; returns how many of the oldest rows were dropped."""
-        droppable = 0
+    def _make_room(self, key: torch.Tensor, value: torch.Tensor, keep: int | None) -> int:
+        """Room for these rows; returns how many of the oldest rows were dropped."""
+        rows, droppable = key.shape[2], 0
         if keep is not None and self.length > keep:
             droppable = (self.length - keep) // self.row_multiple * self.row_multiple
         if self.length + rows <= self.capacity:
@@ -280,27 +312,27 @@ class KVStore(ABC):
             if not oversized:
                 return 0
         with uninterrupted():
-            return self._move(rows, keep, droppable)
-
-    def _move(self, rows: int, keep: int | None, droppable: int) -> int:
-        """Grows or slides, so that there is room; returns how many rows were dropped."""
-        if droppable == 0:
+            if droppable:
+                self._drop(key, value, keep or 0, droppable)
+                return droppable
             target = rows_to_hold(self.policy, self.capacity, self.length + rows, self.limit)
             self._resize(target, 0, rows)
             return 0
-        kept = self.length - droppable
-        target = self._window_capacity(kept + rows, keep or 0)
+
+    def _drop(self, key: torch.Tensor, value: torch.Tensor, keep: int, dropped: int) -> None:
+        """Slides or resizes, so that there is room once the oldest rows are dropped."""
+        rows, kept = key.shape[2], self.length - dropped
+        target = self._window_capacity(kept + rows, keep)
         slides = target <= self.capacity <= 2 * target
-        # What writing needs is there before rows are dropped, so that only moving them can fail.
-        self._prepare_write(kept, rows, self.capacity if slides else target)
+        # All that writing may raise is raised before rows are dropped: only moving them can fail.
+        self._prepare_write(key, value, kept, self.capacity if slides else target)
         if slides:
-            self._slide(droppable)
+            self._slide(dropped)
             self.counters.copied(kept, kept * self.row_bytes)
         else:
-            self._resize(target, droppable, rows)
-        self.length -= droppable
+            self._resize(target, dropped, rows)
+        self.length -= dropped
         self.epoch += 1
-        return droppable
 
     def _window_capacity(self, needed: int, keep: int) -> int:
         """Rows for a window: as much spare as the policy gives, at most one more window."""
@@ -343,15 +375,36 @@ class KVStore(ABC):
                 f"key {tuple(key.shape)} and value {tuple(value.shape)}: "
                 "expected [batch, heads, rows, head size] with the same first three"
             )
-        if key.dtype != value.dtype or key.device != value.device:
-            raise ValueError(
-                f"value is {value.dtype} on {value.device}; allowed: {key.dtype} on {key.device} "
-                "(key's)"
-            )
+        if key.device != value.device:
+            raise ValueError(f"value is on {value.device}; allowed: {key.device} (key's)")
 
     def _held(self) -> str:
         keys, values = self.keys(), self.values()
         return (
-            f"{keys.dtype} on {keys.device}, key [{keys.shape[0]}, {keys.shape[1]}, rows, "
-            f"{keys.shape[3]}], value [.., rows, {values.shape[3]}]"
+            f"on {keys.device}, key [{keys.shape[0]}, {keys.shape[1]}, rows, {keys.shape[3]}] of "
+            f"{keys.dtype}, value [.., rows, {values.shape[3]}] of {values.dtype}"
         )
+
+
+def reorder_stores(stores: Sequence[KVStore], indices: torch.Tensor) -> None:
+    """In every store, sequence i becomes what `indices[i]` was, in place: in all or in none.
+
+    Raises:
+        ValueError, IndexError: not one index of a sequence for each sequence. Nothing changed.
+        RuntimeError: no memory. Nothing changed.
+    """
+    for store in stores:
+        indices = store._checked_indices(indices)
+        if indices.shape[0] != store.batch_size:
+            raise ValueError(
+                f"indices: {indices.shape[0]} of them; "
+                f"allowed: {store.batch_size}, one per sequence"
+            )
+    moving = [store for store in stores if store.length]
+    if not moving or torch.equal(indices.cpu(), torch.arange(indices.shape[0])):
+        return
+    with uninterrupted():
+        reorder_in_place([part for store in moving for part in store._parts()], indices)
+        for store in moving:
+            store.epoch += 1
+            store.counters.copied(store.length, store.length * store.row_bytes)

@@ -15,8 +15,6 @@ fast and more, and nothing exists twice.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from bmc_core import native
@@ -27,10 +25,11 @@ from bmc_core.attention import (
     paged_attention,
     write_kv,
 )
-from bmc_core.kv_store.base import KVStore, new_tensor
+from bmc_core.kv_store.base import KVStore
 from bmc_core.kv_store.counters import KVCounters
-from bmc_core.kv_store.rows import move_to_front, reorder_in_place
+from bmc_core.kv_store.moves import move_to_front
 from bmc_core.kv_store.tables import StepTables
+from bmc_core.kv_store.tensors import new_tensor
 from bmc_core.machine.memory import PIECE, discard
 from bmc_core.policy import GrowthPolicy
 
@@ -100,20 +99,25 @@ class PackedStore(KVStore):
         """A copy of the newest `rows` valid keys."""
         kv = self.tensor()
         batch, heads, _, width = kv.shape
-        pack = self._pack()
-        tiles = self._part(0).view(batch, heads, -1, width // 2 // pack, BLOCK_ROWS, pack)
+        pack, held = self._pack(), self._rounded(self.length)
+        shape = (batch, heads, held // BLOCK_ROWS, width // 2 // pack, BLOCK_ROWS, pack)
         # [tile][D/P][16][P] -> [tile][16][D/P][P]
-        plain = tiles.transpose(3, 4).reshape(batch, heads, -1, width // 2)
+        plain = self._part(0).view(shape).transpose(3, 4).reshape(batch, heads, held, width // 2)
         return plain.narrow(2, self.length - rows, rows)
 
     def newest_values(self, rows: int) -> torch.Tensor:
         """A copy of the newest `rows` valid values."""
         kv = self.tensor()
         batch, heads, _, width = kv.shape
-        packs = self._part(1).view(batch, heads, -1, width // 2, self._pack())
+        pack, held = self._pack(), self._rounded(self.length)
+        packs = self._part(1).view(batch, heads, held // pack, width // 2, pack)
         # [rows/P][D][P] -> [rows/P][P][D]
-        plain = packs.transpose(3, 4).reshape(batch, heads, -1, width // 2)
+        plain = packs.transpose(3, 4).reshape(batch, heads, held, width // 2)
         return plain.narrow(2, self.length - rows, rows).clone()
+
+    @property
+    def has_shape(self) -> bool:
+        return self._kv is not None
 
     @property
     def batch_size(self) -> int:
@@ -210,13 +214,6 @@ class PackedStore(KVStore):
     def _release(self) -> None:
         self._kv = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the rows, without the room behind them."""
-        state = {**self.__dict__, "_on_huge_pages": False}
-        if self._kv is not None:
-            state["_kv"] = self._kv.clone()
-        return state
-
     def _hold(self, capacity: int, dropped: int, *, dense: bool) -> None:
         kv = self.tensor()
         if dropped == 0 and self._grow_in_place(capacity, dense):
@@ -225,10 +222,11 @@ class PackedStore(KVStore):
         bigger = self._with_room((batch, heads, capacity, width), dense)
         self.counters.allocated(bigger.nbytes)
         # A few heads at a time: [heads of all sequences, elements of K, then of V]
-        old, new = kv.view(batch * heads, -1), bigger.view(batch * heads, -1)
+        old = kv.view(batch * heads, old_capacity * width)
+        new = bigger.view(batch * heads, capacity * width)
         size = width // 2
         begin, end = dropped * size, self._rounded(self.length) * size
-        step = max(1, PIECE // max(1, kv.nbytes // (batch * heads)))
+        step = max(1, PIECE // max(1, old_capacity * width * kv.element_size()))
         for first in range(0, batch * heads, step):
             source, target = old[first : first + step], new[first : first + step]
             for start, old_start in ((0, 0), (capacity * size, old_capacity * size)):
@@ -257,38 +255,54 @@ class PackedStore(KVStore):
         """Holds `capacity` rows in the memory that is there; False: it cannot."""
         kv = self.tensor()
         parts = 2 * kv.shape[0] * kv.shape[1]  # K and V of each head
-        part_bytes = self.row_bytes // parts
+        part_bytes = self.head_size * kv.element_size()  # of a row
         room = kv.untyped_storage().nbytes()
         needed = capacity * self.row_bytes
         if capacity < self.capacity or needed > room:
             return False
         if dense != self._on_huge_pages and needed >= WORTH_OTHER_PAGES:
             return False
-        native.module().grow_in_place(
-            kv.data_ptr(),
-            room,
-            parts,
-            self._rounded(self.length) * part_bytes,
-            self.capacity * part_bytes,
-            capacity * part_bytes,
-        )
+        try:
+            native.module().grow_in_place(
+                kv.data_ptr(),
+                room,
+                parts,
+                self._rounded(self.length) * part_bytes,
+                self.capacity * part_bytes,
+                capacity * part_bytes,
+            )
+        except MemoryError as error:  # its buffer comes first: nothing has moved
+            raise RuntimeError("can't allocate the buffer of a growth in place") from error
         self._kv, self.capacity = _resized(kv, capacity), capacity
         self.counters.allocated(needed - kv.nbytes)
         return True
 
     def _slide(self, dropped: int) -> None:
-        parts = [self._part(0), self._part(1)]
+        parts = self._parts()
         move_to_front(parts, dropped * self.head_size, parts[0].shape[2])
 
-    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
-        self.tables.slots(self.batch_size, capacity, first, rows)  # kept there for `_write`
+    def _writable(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.resolve_neg()
+        return rows if rows.stride(3) == 1 else rows.contiguous()
+
+    def _prepare_write(
+        self, key: torch.Tensor, value: torch.Tensor, first: int, capacity: int
+    ) -> None:
+        batch, _, rows, _ = key.shape
+        self.tables.slots(batch, capacity, first, rows)  # kept there for `_write`
+        # Negative slots are checked as all are, and not written.
+        self._write_to(key, value, torch.full((batch * rows,), -1))
 
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        batch, _, rows, _ = key.shape
+        slots = self.tables.slots(batch, self.capacity, self.length, rows)
+        self._write_to(key, value, slots)
+
+    def _write_to(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         kv = self.tensor()
         batch, _, rows, _ = key.shape
-        if rows == 0:
+        if batch * rows == 0:
             return
-        slots = self.tables.slots(batch, self.capacity, self.length, rows)
         # One row: all sequences at once. More: sequence by sequence, which are views of any
         # strides, where all at once might need copies.
         step = batch if rows == 1 else 1
@@ -314,8 +328,8 @@ class PackedStore(KVStore):
         (self._kv,) = tensors
         self._on_huge_pages = self._dense(self.length, self.capacity)
 
-    def _reorder(self, indices: torch.Tensor) -> None:
-        reorder_in_place([self._part(0), self._part(1)], indices)
+    def _parts(self) -> list[torch.Tensor]:
+        return [self._part(0), self._part(1)]
 
 
 def _resized(kv: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -327,7 +341,8 @@ def _resized(kv: torch.Tensor, capacity: int) -> torch.Tensor:
 
 
 def _token_rows(rows: torch.Tensor) -> torch.Tensor:
-    """`[batch, heads, rows, size]` as `[batch * rows, heads, size]`, copied only if it must be."""
+    """`[batch, heads, rows, size]` as `[batch * rows, heads, size]`, copied only if it must be:
+    never where batch or rows is 1 and the last dimension is contiguous."""
     batch, heads, count, size = rows.shape
     tokens = rows.transpose(1, 2).reshape(batch * count, heads, size)
     return tokens if tokens.stride(2) == 1 else tokens.contiguous()

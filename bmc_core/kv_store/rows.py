@@ -1,4 +1,4 @@
-"""The layout "rows": K and V as plain tensors, any device, any dtype.
+"""The layout "rows": K and V as plain tensors, any device, any dtype, each its own.
 
 `keys` and `values` are views of the valid rows, never the padded tensors: whoever attends over them
 sees no spare row. A view is good until the store changes.
@@ -6,16 +6,16 @@ sees no spare row. A view is good until the store changes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-
 import torch
 
-from bmc_core.kv_store.base import BUFFER_BYTES, KVStore, new_tensor
+from bmc_core.kv_store.base import KVStore
+from bmc_core.kv_store.moves import move_to_front
+from bmc_core.kv_store.tensors import new_tensor
 
 
 class RowsStore(KVStore):
-    """Two tensors `[batch, heads, capacity, size]`; K and V may differ in size.
+    """Two tensors `[batch, heads, capacity, size]`; K and V may differ in size and in dtype
+    (under `torch.autocast`, rotated keys are float32 while values are bfloat16).
 
     They grow one after the other, so that only one of them exists twice at a time.
     """
@@ -42,6 +42,10 @@ class RowsStore(KVStore):
         return self._tensors()[1].narrow(2, 0, self.length)
 
     @property
+    def has_shape(self) -> bool:
+        return self._key is not None
+
+    @property
     def batch_size(self) -> int:
         return 0 if self._key is None else self._key.shape[0]
 
@@ -62,8 +66,11 @@ class RowsStore(KVStore):
         return self._key, self._value
 
     def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._key = new_tensor((*key.shape[:2], 0, key.shape[3]), key, dense=False)
-        self._value = new_tensor((*value.shape[:2], 0, value.shape[3]), value, dense=False)
+        both = [
+            new_tensor((*rows.shape[:2], 0, rows.shape[3]), rows, dense=False)
+            for rows in (key, value)
+        ]
+        self._key, self._value = both
 
     def _release(self) -> None:
         self._key = self._value = None
@@ -103,8 +110,15 @@ class RowsStore(KVStore):
     def _slide(self, dropped: int) -> None:
         move_to_front(self._tensors(), dropped, self.length)
 
-    def _prepare_write(self, first: int, rows: int, capacity: int) -> None:
-        """Nothing: rows are copied straight to their places."""
+    def _writable(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def _prepare_write(
+        self, key: torch.Tensor, value: torch.Tensor, first: int, capacity: int
+    ) -> None:
+        # Rows are copied straight to their places. What torch cannot copy, it refuses here.
+        for tensor, rows in zip(self._tensors(), (key, value), strict=True):
+            tensor.narrow(2, 0, 0).copy_(rows.narrow(2, 0, 0))
 
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         for tensor, rows in zip(self._tensors(), (key, value), strict=True):
@@ -117,9 +131,8 @@ class RowsStore(KVStore):
     def _adopt(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self._key, self._value = tensors
 
-    def _reorder(self, indices: torch.Tensor) -> None:
-        parts = [tensor.narrow(2, 0, self.length) for tensor in self._tensors()]
-        reorder_in_place(parts, indices)
+    def _parts(self) -> list[torch.Tensor]:
+        return [tensor.narrow(2, 0, self.length) for tensor in self._tensors()]
 
 
 def _same_but_rows(rows: torch.Tensor, held: torch.Tensor) -> bool:
@@ -141,44 +154,3 @@ def gathered(tensor: torch.Tensor, indices: torch.Tensor, rows: int, dense: bool
     for target, source in enumerate(indices.tolist()):
         result[target].narrow(1, 0, rows).copy_(tensor[source].narrow(1, 0, rows))
     return result
-
-
-def move_to_front(parts: Sequence[torch.Tensor], first: int, end: int) -> None:
-    """Elements [first, end) of dimension 2 of each part move to its beginning."""
-    kept = end - first
-    if kept <= 8 * first:  # a few pieces, of which none overlaps where it goes
-        for part in parts:
-            for begin in range(0, kept, first):
-                count = min(first, kept - begin)
-                part.narrow(2, begin, count).copy_(part.narrow(2, begin + first, count))
-        return
-    for piece, copy in _beside_copies([part.narrow(2, 0, end) for part in parts], kept):
-        copy.copy_(piece.narrow(2, first, kept))
-        piece.narrow(2, 0, kept).copy_(copy)
-
-
-def reorder_in_place(parts: Sequence[torch.Tensor], indices: torch.Tensor) -> None:
-    """Along dimension 0 of each part, entry i becomes what `indices[i]` was."""
-    indices = indices.to(parts[0].device)
-    for piece, copy in _beside_copies(parts, parts[0].shape[2]):
-        torch.index_select(piece, 0, indices, out=copy)
-        piece.copy_(copy)
-
-
-def _beside_copies(
-    parts: Sequence[torch.Tensor], count: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A few heads (dimension 1) of a part at a time, and contiguous memory for `count` of their
-    elements along dimension 2.
-
-    It is always the same memory, taken before the first piece is handed out: who changes the pieces
-    changes all of them, or finds no memory and changes none.
-    """
-    sizes = [math.prod((part.shape[0], count, *part.shape[3:])) for part in parts]
-    heads = max(1, min(parts[0].shape[1], BUFFER_BYTES // max(1, max(sizes) * parts[0].itemsize)))
-    buffer = parts[0].new_empty(heads * max(sizes))
-    for part, size in zip(parts, sizes, strict=True):
-        for begin in range(0, part.shape[1], heads):
-            piece = part[:, begin : begin + heads]
-            batch, taken, _, *rest = piece.shape
-            yield piece, buffer[: taken * size].view(batch, taken, count, *rest)

@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from bmc_transformers import BMCCache, enable, register_attention
 from bmc_transformers.attention import bmc_attention
+from bmc_transformers.lazy import CausalMask
 from tests.support.architectures import (
     CONFIGS,
     WITHOUT_INTERFACE,
@@ -182,6 +183,31 @@ def test_what_the_kernel_lacks_falls_back(arguments, reason, caplog) -> None:
     causal = torch.ones(3, 5).tril(2).bool() if "position_bias" in arguments else None
     torch.testing.assert_close(out, reference(query, key, value, causal), rtol=0, atol=1e-5)
     assert FALLBACK + reason in caplog.text
+
+
+@pytest.mark.parametrize("what", ["mask", "batch"])
+def test_one_line_however_many_steps_fall_back(what: str, caplog) -> None:
+    """What changes from step to step is not in the line, or there would be one for each."""
+    cache, module = one_layer()
+    for step in range(3):
+        key, value = cache.update(*torch.randn(2, 1, 2, 5, 32), 0)
+        shape = (1, 1, 1, 4 + step)
+        mask = CausalMask.of(
+            shape,
+            first_rows=None,
+            window=None,
+            maker=lambda rows=key.shape[2]: torch.ones(1, 1, 1, rows, dtype=torch.bool),
+        )
+        query = torch.randn(1 if what == "mask" else 2 + step, 4, 1, 32)
+        if what == "batch":
+            mask = None
+        bmc_attention(module, query, key, value, mask)
+    lines = [record.message for record in caplog.records if FALLBACK in record.message]
+    reason = {
+        "mask": "the mask is of other rows than query and key",
+        "batch": "the query is of another batch than the cache",
+    }[what]
+    assert lines == [FALLBACK + reason]
 
 
 def test_without_a_mask_queries_are_the_last_rows() -> None:

@@ -22,6 +22,7 @@ from bmc_core.policy import BMCPolicy
 from bmc_transformers import BMCCache, enable
 from bmc_transformers.layers import BMCSlidingLayer
 from bmc_transformers.lazy import PackedRows
+from tests.support.allocations import fail_each_allocation
 from tests.support.architectures import build, generated, prompt
 from tests.support.caches import HEADS, SIZE, WINDOW, config, contents, filled, rows
 
@@ -186,6 +187,53 @@ def test_a_batch_that_finds_no_memory_changes_no_layer(layout: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_beams_that_find_no_memory_change_no_layer(layout: str) -> None:
+    """Whichever allocation of a reordering fails; the second layer needs the larger buffer."""
+    cache = filled(layout, 100, batch=3)
+    order = torch.tensor([2, 0, 0])
+    before, copies = contents(cache), cache.stats().copies
+
+    def as_before() -> None:
+        assert cache.stats().copies == copies
+        for one, other in zip(contents(cache), before, strict=True):
+            assert torch.equal(one, other)
+
+    assert fail_each_allocation(lambda: cache.reorder_cache(order), as_before) > 0
+    for one, other in zip(contents(cache), before, strict=True):
+        assert torch.equal(one, other[order])
+
+
+@pytest.mark.parametrize("made_in", [True, False])
+def test_a_copy_goes_with_inference_mode_and_without(layout: str, made_in: bool) -> None:
+    cache = filled(layout, 30)
+    before = contents(cache)
+    with torch.inference_mode(made_in):
+        twin = copy.deepcopy(cache)
+    key = rows(2, 1)
+    with torch.inference_mode(not made_in):
+        for layer in range(2):
+            twin.update(key, key, layer)
+        twin.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(twin.layers[1].keys, torch.cat((before[2], key), dim=2)[[1, 0]])
+    for one, other in zip(contents(cache), before, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_of_no_sequences_is_dynamic_caches(layout: str) -> None:
+    ours, stock = BMCCache(config(layout), 16), DynamicCache(config=config(layout))
+    for count in (30, 1, 1, 20):
+        for layer in range(2):
+            key, value = rows(0, count), rows(0, count)
+            pairs = zip(
+                ours.update(key, value, layer), stock.update(key, value, layer), strict=True
+            )
+            assert all(one.shape == (other + 0).shape for one, other in pairs)
+    assert ours.layers[1].keys.shape == stock.layers[1].keys.shape == (0, HEADS, 52, SIZE)
+    again = filled(layout)
+    again.batch_select_indices(torch.empty(0, dtype=torch.int64))
+    assert [layer.keys.shape[0] for layer in again.layers] == [0, 0]
+
+
 def test_reset_keeps_the_memory(layout: str) -> None:
     cache = filled(layout, 30)
     reserved = cache.stats().bytes_reserved
@@ -334,15 +382,17 @@ def test_an_interrupt_waits_until_all_layers_have_changed(
     rows = [torch.randn(3, 4, 20, 32) for _ in cache.layers]
     for layer, key in enumerate(rows):
         cache.update(key, key, layer)
-    first = cache.layers[0].store
-    name = "_reorder" if change == "reorder_cache" else "_adopt"
-    real = getattr(first, name)
+    reorders = change == "reorder_cache"
+    owner: Any = torch if reorders else cache.layers[0].store
+    name = "index_select" if reorders else "_adopt"
+    real = getattr(owner, name)
 
-    def interrupted(argument: Any) -> None:
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        monkeypatch.setattr(owner, name, real)
         os.kill(os.getpid(), signal.SIGINT)
-        real(argument)
+        return real(*args, **settings)
 
-    monkeypatch.setattr(first, name, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         getattr(cache, change)(order)
     assert len(rows) > 1

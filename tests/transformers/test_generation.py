@@ -107,6 +107,55 @@ def test_enabling_again_changes_the_settings() -> None:
     assert picture(disable(model)) == before
 
 
+@pytest.mark.parametrize("attention", ["bmc", "stock"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_enabling_again_that_fails_leaves_the_settings_of_before(
+    attention: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other attention is set already and some layers are packed or unpacked."""
+    model = enable(build("llama"), 16, attention=attention, pack_linears=packed)
+    before, plain = picture(model), picture(build("llama"))
+    name = "unpack" if packed else "pack"
+    real, done = getattr(PackedLinear, name), []
+
+    def failing(self: PackedLinear) -> None:
+        done.append(self)
+        if len(done) == 3:
+            raise RuntimeError("can't allocate memory")
+        real(self)
+
+    monkeypatch.setattr(PackedLinear, name, failing)
+    other = {"bmc": "stock", "stock": "bmc"}[attention]
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        enable(model, 32, attention=other, pack_linears=not packed)
+    monkeypatch.undo()
+    after = picture(model)
+    assert after[:3] == before[:3]
+    assert after[4] == before[4]
+    cache = generated(model, {"inputs": prompt()}, 3).past_key_values
+    layout = {"bmc": "packed", "stock": "rows"}[attention]
+    assert (cache.policy, cache.stats().layouts) == (BMCPolicy(r=16), {layout: 2})
+    assert picture(disable(model))[2] == plain[2]
+
+
+@pytest.mark.parametrize("attention", ["bmc", "stock"])
+def test_autocast_gives_the_tokens_of_stock(attention: str, caplog) -> None:
+    """Rotated keys are float32 and values bfloat16: plain rows, each in its own dtype."""
+    model = build("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = generated(model, {"inputs": prompt()})
+        enable(model, 16, attention=attention)
+        output = generated(model, {"inputs": prompt()})
+    cache = output.past_key_values
+    assert (cache.layers[0].keys.dtype, cache.layers[0].values.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+    )
+    assert cache.stats().layouts == {"rows": 2}
+    assert torch.equal(output.sequences, stock.sequences)
+    assert ("K is torch.float32 and V is torch.bfloat16" in caplog.text) == (attention == "bmc")
+
+
 def test_the_cache_is_as_long_as_generation_needs() -> None:
     model = enable(build("llama"), BMCPolicy.up_front())
     stats = generated(model, {"inputs": prompt(), "num_beams": 2}, 12).past_key_values.stats()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bmc_core.attention import DTYPES
 from bmc_core.kv_store import KVStore, PackedStore
@@ -200,14 +202,136 @@ def test_tensors_of_inference_mode_may_be_used_outside(store: KVStore, inference
     assert store.length == 80
 
 
-def test_copies_and_pickles_are_stores_of_their_own(store: KVStore) -> None:
+def pickled(store: KVStore) -> KVStore:
+    return pickle.loads(pickle.dumps(store))
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])
+def test_copies_and_pickles_are_stores_of_their_own(
+    store: KVStore, duplicate: Callable[[KVStore], KVStore], inference: bool
+) -> None:
+    """Wherever they are made: they may be written inside and outside `torch.inference_mode`."""
     filled(store)
-    key = store.keys().clone()
-    for twin in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
-        twin.append(*random_rows(3, 1))
-        twin.reorder(torch.tensor([1, 0, 2]))
-        assert torch.equal(twin.keys()[:, :, :40], key[[1, 0, 2]])
+    key, value = store.keys().clone(), store.values().clone()
+    with torch.inference_mode(inference):
+        twin = duplicate(store)
+    assert (twin.length, twin.capacity) == (store.length, store.capacity)
+    assert twin.counters == store.counters
+    assert twin.counters is not store.counters
+    new = random_rows(3, 1)
+    twin.append(*new)
+    twin.reorder(torch.tensor([1, 0, 2]))
+    for held, old, added in zip((twin.keys(), twin.values()), (key, value), new, strict=True):
+        assert torch.equal(held, torch.cat((old, added), dim=2)[[1, 0, 2]])
     assert torch.equal(store.keys(), key)
+    assert torch.equal(store.values(), value)
+
+
+def test_a_pickle_has_the_valid_rows_only(store: KVStore) -> None:
+    """Not what was in the memory behind them, nor rows that were forgotten."""
+    store.policy = BMCPolicy(r=4096)
+    filled(store, batch=2, rows=30)
+    secret = torch.full((2, HEADS, 30, SIZE), 1234.5)
+    store.append(secret, secret)
+    store.truncate(30)
+    data = pickle.dumps(store)
+    assert len(data) < 30 * store.row_bytes + 8192
+    assert secret[0, 0, 0, :2].numpy().tobytes() not in data
+    assert pickle.loads(data).capacity == store.capacity
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_an_empty_store_may_be_copied(
+    store: KVStore, duplicate: Callable[[KVStore], KVStore]
+) -> None:
+    assert not duplicate(store).has_shape
+    store.append(*random_rows(2, 0))
+    twin = duplicate(store)
+    assert twin.has_shape
+    assert twin.append(*random_rows(2, 3)) == 0
+    assert twin.keys().shape == (2, HEADS, 3, SIZE)
+
+
+def test_a_batch_of_no_sequences_has_rows_too(store: KVStore) -> None:
+    for rows in (40, 1, 1, 100):
+        store.append(*random_rows(0, rows))
+    assert store.append(*random_rows(0, 1), keep=5) >= 0
+    store.reorder(torch.empty(0, dtype=torch.int64))
+    twin = copy.deepcopy(store)
+    assert twin.keys().shape == twin.values().shape == (0, HEADS, store.length, SIZE)
+    store.clear()
+    assert filled(store).keys().shape == (3, HEADS, 40, SIZE)
+
+
+class Answering:
+    """A policy of somebody's own."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def rows_to_hold(self, held: int, needed: int, limit: int | None = None) -> int:
+        return self.answer  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        return f"Answering({self.answer})"
+
+
+@pytest.mark.parametrize("keep", [None, 16])
+@pytest.mark.parametrize(
+    ("answer", "error"), [(7, ValueError), (512.0, TypeError), (None, TypeError)]
+)
+def test_a_policys_wrong_answer_is_named_and_changes_nothing(
+    store: KVStore, answer: object, error: type[Exception], keep: int | None
+) -> None:
+    filled(store, rows=64)
+    key = store.keys().clone()
+    store.policy = Answering(answer)
+    message = rf"policy Answering\({answer}\): rows_to_hold\(.*\) is {answer}; allowed: an int >="
+    with pytest.raises(error, match=message):
+        store.append(*random_rows(3, 1), keep=keep)
+    assert torch.equal(store.keys(), key)
+
+
+class TestRowsOfOtherStrides:
+    def test_rows_with_their_negative_bit_set_are_taken(self, store: KVStore) -> None:
+        filled(store, batch=1, rows=64)
+        key, value = random_rows(1, 1)
+        assert store.append(torch._neg_view(key), value, keep=16) == 48
+        assert torch.equal(store.keys()[:, :, -1:], -key)
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_rows_with_their_sizes_apart_are_taken(self, store: KVStore, rows: int) -> None:
+        filled(store, batch=2, rows=64)
+        key, value = (
+            part.transpose(2, 3).contiguous().transpose(2, 3) for part in random_rows(2, rows)
+        )
+        assert store.append(key, value, keep=16) == 48
+        assert torch.equal(store.keys()[:, :, -rows:], key)
+        assert torch.equal(store.values()[:, :, -rows:], value)
+
+    @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+    def test_rows_that_cannot_be_written_are_refused_before_any_is_dropped(
+        self, store: KVStore
+    ) -> None:
+        filled(store, batch=1, rows=64)
+        before = store.keys().clone()
+        key, value = random_rows(1, 1)
+        with pytest.raises((RuntimeError, ValueError, AssertionError)):
+            store.append(key, FakeTensorMode().from_tensor(value), keep=16)
+        assert torch.equal(store.keys(), before)
+
+
+def test_first_rows_that_find_no_memory_leave_a_store_that_works(store: KVStore) -> None:
+    def works() -> None:
+        assert store.length == 0
+        assert store.num_bytes == store.counters.bytes_held
+        store.release()
+        assert store.counters.bytes_held == 0
+        filled(copy.deepcopy(store))
+
+    assert fail_each_allocation(lambda: filled(store), works) > 0
+    assert store.length == 40
 
 
 @pytest.mark.parametrize(
@@ -238,8 +362,8 @@ def test_first_rows_must_go_together(store: KVStore) -> None:
     key, value = random_rows(1, 2)
     with pytest.raises(ValueError, match="expected \\[batch, heads, rows, head size\\]"):
         store.append(key, value[:, :, :1])
-    with pytest.raises(ValueError, match="value is torch.float16"):
-        store.append(key, value.half())
+    with pytest.raises(ValueError, match="value is on meta; allowed: cpu"):
+        store.append(key, value.to("meta"))
     assert store.length == 0
     with pytest.raises(ValueError, match="limit=-1"):
         type(store)(BMCPolicy(), limit=-1)
@@ -347,3 +471,44 @@ def test_a_growth_that_finds_no_memory_leaves_the_rows(layout: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("recovered")
+
+
+NO_BUFFER = """
+import resource, torch
+from bmc_core.kv_store import PackedStore
+from bmc_core.policy import BMCPolicy
+
+torch.set_num_threads(1)
+store = PackedStore(BMCPolicy(r=64))
+rows = torch.randn(2, 4, 64, 64)
+store.append(rows, rows)
+before = (store.length, store.capacity, store.num_bytes)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (used + (128 << 10), hard))
+found = None
+try:
+    store.append(rows, rows)
+except RuntimeError as error:
+    found = str(error)
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert found == "can't allocate the buffer of a growth in place", found
+assert before == (store.length, store.capacity, store.num_bytes)
+assert torch.equal(store.keys(), rows) and torch.equal(store.values(), rows)
+place = store.tensor().data_ptr()
+store.append(rows, rows)
+assert store.tensor().data_ptr() == place and torch.equal(store.keys()[:, :, 64:], rows)
+"""
+
+
+def test_a_growth_in_place_without_memory_for_its_buffer() -> None:
+    """A real failure: the buffer of 512 KiB is asked of a limited address space (glibc maps it)."""
+    if resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY:
+        pytest.skip("the address space is limited already")
+    done = subprocess.run(
+        [sys.executable, "-c", NO_BUFFER],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert done.returncode == 0, done.stderr
