@@ -7,10 +7,12 @@ group `FRAMEWORKS`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -159,7 +161,9 @@ def _frameworks() -> dict[str, str]:
     found = {}
     for point in sorted(importlib.metadata.entry_points(group=FRAMEWORKS), key=lambda p: p.name):
         try:
-            status: Any = point.load()()
+            # What a framework prints while it is imported is not part of the report.
+            with contextlib.redirect_stdout(sys.stderr):
+                status: Any = point.load()()
         except ModuleNotFoundError as error:
             missing = f"no module named {error.name}"
             absent = error.name == point.name and version(point.name) is None

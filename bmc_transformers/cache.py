@@ -105,6 +105,11 @@ class BMCCache(Cache):
         *,
         max_length: int | None = None,
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}; allowed: a model's configuration "
+                "(model.config)"
+            )
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
                 f"config {type(config).__name__}: encoder-decoder models are not supported; "

@@ -25,13 +25,13 @@ class BMCConfig:
     Attributes:
         r: rows per growth, a positive multiple of the block size. Nothing is copied when a block
             table grows, so that the costs from which ``"auto"`` follows elsewhere are zero here:
-            the default is a constant, and ``"auto"`` is refused.
+            ``"auto"`` is refused. None, where it is left out: 128, rounded up to whole blocks.
         release_free_memory: give the pages of freed blocks that hold no cached prefix back to
             the operating system after each step. Off by default: re-used pages cost a page
             fault each, and the pool is not on huge pages, which attention reads faster.
     """
 
-    r: int = DEFAULT_R
+    r: int | None = None
     release_free_memory: bool = False
 
     @classmethod
@@ -50,8 +50,9 @@ class BMCConfig:
                 f"additional_config[{KEY!r}] has the unknown keys {', '.join(unknown)}; "
                 f"allowed: {allowed}"
             )
-        r = settings.get("r", DEFAULT_R)
-        if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
+        r = settings.get("r")
+        valid = isinstance(r, int) and not isinstance(r, bool) and r > 0
+        if "r" in settings and not valid:
             raise ValueError(
                 f"additional_config[{KEY!r}]['r']={r!r}: expected a positive multiple of the block "
                 f"size (an int, in rows; default {DEFAULT_R})"
@@ -77,7 +78,7 @@ class BMCConfig:
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless ``r`` is a whole number of blocks of ``block_size`` rows."""
-        if self.r != DEFAULT_R and self.r % block_size:
+        if self.r is not None and self.r % block_size:
             below = self.r // block_size * block_size
             near = [str(rows) for rows in (below, below + block_size) if rows]
             raise ValueError(
@@ -91,4 +92,5 @@ class BMCConfig:
         A given ``r`` is a multiple of the block size that was configured; with hybrid models vLLM
         makes blocks larger afterwards, to the size of a layer's state.
         """
-        return BMCPolicy(r=-(-self.r // block_size) * block_size)
+        rows = DEFAULT_R if self.r is None else self.r
+        return BMCPolicy(r=-(-rows // block_size) * block_size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -68,17 +67,14 @@ def require_writable(path: Path | None, option: str) -> None:
     """Says before the work, not after it, that a result cannot be written."""
     if path is None:
         return
-    if path.is_dir():
-        raise refuse(option, f"{path}, a folder; allowed: the name of a file")
-    if path.exists():
-        if not os.access(path, os.W_OK):
-            raise refuse(option, f"{path}, not writable; allowed: a file that may be written")
-        return
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise refuse(option, f"{path}, not writable; allowed: a file in a writable folder")
+    if path.is_dir() or str(path) == "-":
+        what = "a folder" if path.is_dir() else "not a file's name"
+        raise refuse(option, f"{path}, {what}; allowed: the name of a file")
+    existed = path.exists()
+    with writing(option, path), path.open("a"):
+        pass
+    if not existed:
+        path.unlink()
 
 
 @contextmanager

@@ -40,6 +40,9 @@ GROWTH_BYTES = {
 STEP_ROWS = (1, 2, 4, 8, 16)
 ATTENTION_ROWS = (256, 2048)
 _SPARE = 16
+MIN_LAYER_ROWS = 3 * 2 * 2 * ATTENTION_ROWS[0]
+"""Rows of one layer that exist at the same time at least: three lengths of attention, two sets of
+each, with as many spare rows."""
 
 
 class AttentionCost(NamedTuple):
@@ -289,6 +292,16 @@ def near_and_far(
     return near, attention_costs(geometry, path, budget / 2, most)
 
 
+def _require_memory(geometry: Geometry) -> None:
+    """Sets become smaller where memory is scarce, but not below some thousand rows of a layer."""
+    needed, free = MIN_LAYER_ROWS * geometry.layer_row_bytes, available_bytes()
+    if needed > free // 2:
+        raise RuntimeError(
+            f"measuring {geometry.num_kv_heads} KV heads of {geometry.head_size} takes about "
+            f"{needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free, of which half may be used"
+        )
+
+
 def measure(geometry: Geometry, *, seconds: float = 5.0, progress: Progress = _nobody) -> Measured:
     """Measures everything on torch's current number of threads.
 
@@ -296,6 +309,7 @@ def measure(geometry: Geometry, *, seconds: float = 5.0, progress: Progress = _n
         seconds: time budget of what is timed; making the data comes on top.
         progress: is told the progress.
     """
+    _require_memory(geometry)
     packed = why_not_native(geometry) is None
     collecting = gc.isenabled()
     gc.collect()

@@ -435,3 +435,10 @@ def test_a_policy_that_needs_a_limit_takes_the_models() -> None:
     cache = BMCCache(config("rows"), BMCPolicy(T=4))
     cache.update(rows(1, 3), rows(1, 3), 1)
     assert cache.stats().rows_reserved == 64  # max_position_embeddings / 4
+
+
+@pytest.mark.parametrize("config", [None, 3, torch.nn.Linear(2, 2)])
+def test_what_is_no_configuration_is_named(config) -> None:
+    """A model in its place is the likely mistake."""
+    with pytest.raises(TypeError, match=r"config is a .*; allowed: .*model\.config"):
+        BMCCache(config, 16)

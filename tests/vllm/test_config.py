@@ -47,6 +47,8 @@ def test_r_is_whole_blocks() -> None:
     BMCConfig(r=96).check_block_size(32)
     with pytest.raises(ValueError, match=r"'r'\]=100: .*block size \(32\), for example 96 or 128"):
         BMCConfig(r=100).check_block_size(32)
+    with pytest.raises(ValueError, match=r"'r'\]=128: .*block size \(48\), for example 96 or 144"):
+        BMCConfig.from_dict({"r": 128}).check_block_size(48)
     with pytest.raises(ValueError, match="for example 32$"):
         BMCConfig(r=16).check_block_size(32)
 

@@ -1,7 +1,6 @@
 """`python -m bmc_core`: calibrate and plan, their files, their errors, and what is missing."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -236,9 +235,21 @@ def test_a_read_only_file_is_refused_before_the_work(
 ) -> None:
     file = tmp_path / "figures.json"
     file.write_text("{}")
-    # Root may write any file.
-    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK or Path(path) != file)
+    plain = Path.open
+
+    def guarded(path: Path, *arguments, **settings):  # root may write any file
+        if path == file:
+            raise PermissionError(13, "Permission denied")
+        return plain(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", guarded)
     code, output = invoke("plan", "--model", model, "--json", file)
     assert code == 2
-    assert "a file that may be written" in output
+    assert "not writable (Permission denied); allowed: a file that can be written" in output
     assert "chosen" not in output
+
+
+def test_standard_output_is_no_file(model: Path) -> None:
+    code, output = invoke("plan", "--model", model, "--json", "-")
+    assert code == 2
+    assert "--json is -, not a file's name" in output

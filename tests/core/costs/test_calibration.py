@@ -255,3 +255,10 @@ def test_progress_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "measure", measure)
     calibrate(TINY, threads=1, progress=lambda text, done: heard.append((text, done)))
     assert heard == [("half", 0.5)]
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
+    """Nothing below some thousand rows of a layer can be measured; this would take terabytes."""
+    huge = Geometry(1, 100_000, 100_000, 4096, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="100000 KV heads of 4096 takes about .* GiB are free"):
+        measure.measure(huge, seconds=0.1)
