@@ -54,6 +54,7 @@ def run(script: str) -> str:
     return result.stdout
 
 
+@pytest.mark.engine
 def test_hooks_two_names_are_rebound_and_nothing_else() -> None:
     """hooks.py: an import changes two names of DeepSpeed, and nothing in transformers or torch."""
     out = run(
@@ -99,6 +100,7 @@ def test_hooks_are_installed_once() -> None:
     assert deepspeed.DeepSpeedInferenceConfig.__name__ == StockConfig.__name__
 
 
+@pytest.mark.engine
 def test_hooks_step_aside_outside_the_tested_versions() -> None:
     """hooks.py: an unknown DeepSpeed stays as it is, and refuses kv_policy as it does today."""
     out = run(

@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import bmc_transformers
 from tests.support import tiny_decoders
 
+pytestmark = pytest.mark.engine
+
 BMC: dict[str, Any] = {"kv_policy": "bmc", "kv_policy_config": {"r": 16}}
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 REQUESTS = {

@@ -128,6 +128,7 @@ def test_pages_have_blocks_of_every_kind() -> None:
     assert {block.needs for _, block in PYTHON} == {"", "engine", "server"}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("page", PLAIN, ids=documents.name_of)
 def test_page_runs(page: Path, folder: Path) -> None:
     run(script_of(page), folder, page.stem + ".py")

@@ -32,6 +32,7 @@ def test_is_described(patch: Path) -> None:
     assert row.count("|") == 6, "what, why, which hook, when it can go"
 
 
+@pytest.mark.engine
 def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
     (patch,) = [patch for patch in PATCHES if patch.name.startswith("deepspeed")]
     copy = patching.patched_copy(patch, tmp_path)

@@ -111,6 +111,7 @@ RESOLVE = (
 )
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("answer", "plugins", "platform"),
     [
