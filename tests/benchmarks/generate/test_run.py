@@ -13,6 +13,7 @@ from benchmarks.generate import report as reports
 from benchmarks.generate import run as generate
 from benchmarks.generate.cases import FULL, GRID, QUICK, GenerateCase
 from benchmarks.generate.run import GOALS, Options, Report, measured_ratio, run
+from benchmarks.lib.answers import LOGIT_TOLERANCE
 from benchmarks.lib.goals import Goal
 from benchmarks.lib.llama import TINY
 
@@ -91,6 +92,41 @@ def test_a_wrong_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(tiny(systems=("dynamic", "bmc"), rounds=2)).failures
     assert len(found) == 1
     assert "2 x 40: the logits of BMC differ from dynamic's" in found[0]
+
+
+@pytest.mark.parametrize("systems", [("bmc",), ("bmc", "bmc_views"), ("static", "bmc")])
+def test_the_reference_is_asked_also_where_it_was_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, systems: tuple[str, ...]
+) -> None:
+    """Values of the wrong sign are found without DynamicCache in the table."""
+    from bmc_transformers import BMCCache
+
+    update = BMCCache.update
+
+    def negated(self, key, value, *rest, **more):
+        return update(self, key, -value, *rest, **more)
+
+    monkeypatch.setattr(BMCCache, "update", negated)
+    found = run(tiny(systems=systems, rounds=2))
+    assert [row.system for row in found.rows] == list(systems)
+    for row in found.rows:
+        ours = row.system != "static"
+        assert (row.logits_error > LOGIT_TOLERANCE) == ours
+        assert any(f"greedy float32 tokens of {row.title} " in f for f in found.failures) == ours
+        assert any(f"the logits of {row.title} differ" in f for f in found.failures) == ours
+
+
+def test_a_reference_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, settings):
+        if name == "dynamic":
+            raise ImportError("no such cache")
+        return original(name, settings)
+
+    original = generate.make
+    monkeypatch.setattr(generate, "make", make)
+    found = run(tiny(systems=("bmc",), rounds=2))
+    assert found.failures == ["greedy tokens were not checked: dynamic cannot run here"]
+    assert "2 x 40: BMC's logits were not checked: dynamic cannot run here" in found.missing
 
 
 def test_different_tokens_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
