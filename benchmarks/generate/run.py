@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,15 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.engines import HUGGING_FACE, Settings, make
-from benchmarks.engines.base import Batch, Engine, Step, lacking_memory, take_turns
+from benchmarks.engines.base import (
+    WAKING_STEPS,
+    Batch,
+    Engine,
+    Step,
+    Turns,
+    lacking_memory,
+    take_turns,
+)
 from benchmarks.generate.cases import FULL, GRID, GenerateCase
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
 from benchmarks.lib.ceilings import Ceilings, Floor, threads_set
@@ -72,7 +81,7 @@ class Options:
     def batch(self, case: GenerateCase) -> Batch:
         """The case's rows, moved to where a chunk is almost full."""
         rows = max(1, round(case.rows / self.r)) * self.r - min(SPARE_ROWS, self.r - 1)
-        return Batch(case.batch, rows, (BMC_STEPS + 1) * self.rounds + WARM_STEPS + 2)
+        return Batch(case.batch, rows, (BMC_STEPS + WAKING_STEPS) * self.rounds + WARM_STEPS + 1)
 
 
 class Row(NamedTuple):
@@ -84,8 +93,10 @@ class Row(NamedTuple):
         growth_ms: what a step with a growth took longer; 0 where none was seen.
         step_ms: median step plus its share of a growth.
         floor: what a step takes at least here.
-        logits_error: of the first step, relative to those of the engine's reference (DynamicCache,
-            or the peer itself, where that computes otherwise); NaN without it.
+        rounds: turns that it had.
+        logits_error: of the step before the turns or of the one after them, whichever is larger,
+            relative to those of the engine's reference (DynamicCache, or the peer, where that
+            computes otherwise) after the same tokens; NaN for a reference itself.
         copied_mb, reserved_mb: counted by the cache; NaN where it does not count.
     """
 
@@ -94,6 +105,7 @@ class Row(NamedTuple):
     system: str
     title: str
     peer: bool
+    rounds: int
     timing: Timing
     growth_ms: float
     step_ms: float
@@ -130,12 +142,14 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
         tell("ceilings", 0.01)
         ceilings.floor(1, 1, options.threads, options.shape.dtype)
         tell("building the model", 0.02)
-        largest = Batch(*map(max, zip(*map(options.batch, options.cases), strict=True)))
-        model = RandomLlama(options.shape, largest.rows + largest.new_rows + options.r + 1)
         engines, missing = made(options)
-        with started(engines, model, largest):
-            session = _Session(options, engines, ceilings, missing, failures)
-            session.measure(budget, tell)
+        session = _Session(options, engines, ceilings, missing, failures)
+        cases = session.fitting()
+        if cases:
+            largest = Batch(*map(max, zip(*map(options.batch, cases), strict=True)))
+            model = RandomLlama(options.shape, largest.rows + largest.new_rows + options.r + 1)
+            with started(engines, model, largest):
+                session.measure(cases, budget, tell)
     tell("done", 1.0)
     record = recorder.record()
     verdicts = judge(session.rows, holding(GOALS, record.isas))
@@ -196,6 +210,17 @@ def check_tokens(options: Options, new: int = 40) -> list[str]:
     ]
 
 
+class _Cost(NamedTuple):
+    """Seconds of a case with one round, and the bytes that its step reads."""
+
+    seconds: float
+    work: int
+
+    def of(self, work: int) -> float:
+        """Seconds of a case whose step reads so many."""
+        return self.seconds * work / self.work
+
+
 class _Session:
     """The loop over cases."""
 
@@ -211,54 +236,120 @@ class _Session:
         self.missing, self.failures = missing, failures
         self.rows: list[Row] = []
 
-    def measure(self, budget: Budget, tell: Progress) -> None:
-        cases = self.options.cases
+    def fitting(self) -> list[GenerateCase]:
+        """The cases that there is memory for, before any engine has started."""
+        options = self.options
+        if not self.engines:
+            return []
+        found = []
+        for case in options.cases:
+            batch = options.batch(case)
+            weights = options.shape.weight_bytes
+            if self._fits(case, lacking_memory(self.engines, options.shape, batch, batch, weights)):
+                found.append(case)
+        return found
+
+    def _fits(self, case: GenerateCase, lacking: str | None) -> bool:
+        if lacking is not None:
+            advice = "choose fewer systems with --systems"
+            self.missing.append(f"{case.name}: {lacking}; {advice}")
+        return lacking is None
+
+    def measure(self, cases: Sequence[GenerateCase], budget: Budget, tell: Progress) -> None:
+        """Those that there is time for, by what the one before them took."""
+        last: _Cost | None = None
         for number, case in enumerate(cases):
             tell(case.name, 0.05 + 0.95 * number / len(cases))
             batch = self.options.batch(case)
-            lacking = lacking_memory(self.engines, self.options.shape, batch)
-            if budget.is_spent():
+            seconds = 0.0 if last is None else last.of(self._work(batch))
+            if budget.is_spent() or seconds > budget.left():
                 self.missing.append(f"{case.name}: {OUT_OF_TIME}")
-            elif lacking is not None:
-                advice = "choose fewer systems with --systems"
-                self.missing.append(f"{case.name}: {lacking}; {advice}")
-            else:
-                self._case(case, batch, budget, len(cases) - number)
+            elif self._fits(case, lacking_memory(self.engines, self.options.shape, batch)):
+                last = self._case(case, batch, budget, len(cases) - number)
 
-    def _case(self, case: GenerateCase, batch: Batch, budget: Budget, cases_left: int) -> None:
-        logits: dict[str, torch.Tensor] = {}
+    def _work(self, batch: Batch) -> int:
+        return self.options.shape.step_bytes(batch.sequences, batch.rows)
+
+    def _case(self, case: GenerateCase, batch: Batch, budget: Budget, cases_left: int) -> _Cost:
+        """Measures it; returns what it took with a single round."""
+        start = time.monotonic()
         timed = {name: self.engines[name] for name in self.options.engines if name in self.engines}
+        try:
+            before = self._filled(batch, timed)
+            started = time.monotonic()
+            # Filling is over: shared out are the seconds for steps.
+            turns = self._turns(case, timed, budget.part(cases_left))
+            stepping = time.monotonic() - started
+            rows = [self._row(case, batch, engine, turns, math.nan) for engine in timed.values()]
+            errors = self._errors(timed, before)
+        finally:
+            for engine in self.engines.values():
+                engine.empty()
+        self.rows += [row._replace(logits_error=errors[row.system]) for row in rows]
+        for row in rows:
+            self._check(case, self.engines[row.system], errors[row.system])
+        once = time.monotonic() - start - stepping * (1 - 1 / turns.rounds)
+        return _Cost(once, self._work(batch))
+
+    def _filled(self, batch: Batch, timed: Mapping[str, Engine]) -> dict[str, torch.Tensor]:
+        """Logits of every engine's first step; those that are timed are ready for their turns."""
+        logits = {}
         for name, engine in self.engines.items():
             engine.fill(batch)
             logits[name] = engine.logits()
             if name in timed:
                 engine.step(WARM_STEPS - 1)
-        steps = take_turns(
-            timed,
-            self.options.rounds,
-            lambda engine: PEER_STEPS if engine.peer else BMC_STEPS,
-            budget.part(cases_left),  # filling is over: shared out are the seconds for steps
-        )
-        for name, engine in timed.items():
-            error = math.nan
-            if engine.reference not in logits:
-                self.missing.append(
-                    f"{case.name}: {engine.title}'s logits were not checked: {engine.reference} "
-                    "cannot run here"
-                )
             else:
-                error = relative_error(logits[name], logits[engine.reference])
-                if not error <= LOGIT_TOLERANCE:
-                    self.failures.append(
-                        f"{case.name}: the logits of {engine.title} differ from "
-                        f"{engine.reference}'s by {error:.1e}; allowed: {LOGIT_TOLERANCE}"
-                    )
-            self.rows.append(self._row(case, batch, engine, steps[name], error))
+                engine.empty()
+        return logits
+
+    def _turns(self, case: GenerateCase, timed: Mapping[str, Engine], budget: Budget) -> Turns:
+        rounds = self.options.rounds
+        turns = take_turns(
+            timed, rounds, lambda engine: PEER_STEPS if engine.peer else BMC_STEPS, budget
+        )
+        if turns.rounds < rounds:
+            self.missing.append(
+                f"{case.name}: rounds {turns.rounds + 1} to {rounds}: {OUT_OF_TIME}"
+            )
+        return turns
+
+    def _errors(
+        self, timed: Mapping[str, Engine], before: Mapping[str, torch.Tensor]
+    ) -> dict[str, float]:
+        """Of the logits before the turns and after them: what is timed follows a growth. The
+        reference is given the engine's own tokens, so that both have seen the same."""
+        after, tokens = {}, {}
+        for name, engine in timed.items():
+            after[name] = engine.logits()
+            tokens[name] = torch.tensor(engine.tokens())[:, :-1]
+        errors = dict.fromkeys(timed, math.nan)
+        for name, engine in timed.items():
+            if engine.reference == name or engine.reference not in self.engines:
+                continue
+            errors[name] = relative_error(before[name], before[engine.reference])
+            expected = self.engines[engine.reference].replay(tokens[name])
+            if expected is not None:
+                errors[name] = worse(errors[name], relative_error(after[name], expected))
+        return errors
+
+    def _check(self, case: GenerateCase, engine: Engine, error: float) -> None:
+        if engine.reference not in self.engines:
+            self.missing.append(
+                f"{case.name}: {engine.title}'s logits were not checked: {engine.reference} "
+                "cannot run here"
+            )
+        elif engine.reference != engine.name and not error <= LOGIT_TOLERANCE:
+            self.failures.append(
+                f"{case.name}: the logits of {engine.title} differ from "
+                f"{engine.reference}'s by {error:.1e}; allowed: {LOGIT_TOLERANCE}"
+            )
 
     def _row(
-        self, case: GenerateCase, batch: Batch, engine: Engine, steps: list[Step], error: float
+        self, case: GenerateCase, batch: Batch, engine: Engine, turns: Turns, error: float
     ) -> Row:
         options, shape = self.options, self.options.shape
+        steps: list[Step] = turns.steps[engine.name]
         timing = summary([step.seconds for step in steps if not step.grew])
         growths = [step.seconds * 1e3 for step in steps if step.grew]
         growth_ms = max(0.0, statistics.median(growths) - timing.ms) if growths else 0.0
@@ -270,6 +361,7 @@ class _Session:
             engine.name,
             engine.title,
             engine.peer,
+            turns.rounds,
             timing,
             growth_ms,
             timing.ms + growth_ms / options.r,
@@ -280,6 +372,11 @@ class _Session:
             math.nan if counted is None else counted.bytes_copied / 1e6,
             math.nan if counted is None else counted.bytes_reserved / 1e6,
         )
+
+
+def worse(*errors: float) -> float:
+    """The largest; infinite where one is not a number."""
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
