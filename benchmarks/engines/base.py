@@ -7,9 +7,11 @@ particular framework.
 
 from __future__ import annotations
 
+import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -52,8 +54,9 @@ class Engine(ABC):
     """One framework, with or without BMC.
 
     Call `start` once, then `generate`, or `fill` and after it `logits` and `step`, as often as
-    wanted; `close` at the end, also after an error. The model is a `RandomLlama`; all engines of a
-    run get the same one, and fill their caches with the same rows where they can.
+    wanted, and `empty` after each batch; `close` at the end, also after an error. The model is a
+    `RandomLlama`; all engines of a run get the same one, and fill their caches with the same rows
+    where they can.
 
     Attributes:
         name: in documents; one of `benchmarks.engines.NAMES`.
@@ -62,7 +65,7 @@ class Engine(ABC):
         reference: name of the engine whose logits it must have after the same `fill`; its own
             where its framework computes otherwise than all others.
         process: "" where it works in this process, else a name for its own.
-        wakes: steps that `step` does beyond those it was asked for.
+        threads: that it works with, once it is started.
     """
 
     name: str
@@ -70,7 +73,7 @@ class Engine(ABC):
     peer: bool = False
     reference: str
     process: str = ""
-    wakes: int = 0
+    threads: int
 
     @abstractmethod
     def start(self, model: RandomLlama, largest: Batch) -> None:
@@ -86,16 +89,17 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, count: int) -> list[Step]:
-        """`count` decode steps, each with a token for every sequence, timed where they are done.
-
-        An engine in a process of its own does `wakes` more before them, which are not timed: its
-        threads slept.
-        """
+        """`count` decode steps, each with a token for every sequence, timed where they are done."""
 
     @abstractmethod
     def logits(self) -> torch.Tensor:
         """One decode step that is not timed; returns its float32 logits
         `[sequences, vocabulary]`."""
+
+    def replay(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """What `logits` gives after the last `fill` and these tokens, int64 `[sequences, steps]`,
+        whoever chose them; steps since that `fill` are gone. None where it cannot be told."""
+        return None
 
     @abstractmethod
     def tokens(self) -> list[list[int]]:
@@ -110,15 +114,34 @@ class Engine(ABC):
         """None where the framework does not count."""
         return None
 
-    def memory_bytes(self, shape: LlamaShape, batch: Batch) -> int:
-        """What `start` and `fill` take at most beyond the model that all engines in this process
-        share."""
+    def start_bytes(self, shape: LlamaShape, largest: Batch) -> int:
+        """What `start` takes at most beyond the model that all engines in this process share."""
+        return 0
+
+    def fill_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+        """What `fill` and the steps after it take at most; `empty` gives it back."""
         rows = batch.rows + batch.new_rows
         return batch.sequences * rows * shape.row_bytes
 
     @abstractmethod
+    def empty(self) -> None:
+        """Gives back what `fill` took; may be called twice. The next call is `fill` or
+        `generate`."""
+
+    @abstractmethod
     def close(self) -> None:
         """Gives memory and processes back; may be called twice, and before `start`."""
+
+
+class Turns(NamedTuple):
+    """Timed steps by engine, and how many rounds there was time for."""
+
+    steps: dict[str, list[Step]]
+    rounds: int
+
+
+WAKING_STEPS = 1
+"""Steps at the start of a turn that are not timed: threads slept, caches have another's rows."""
 
 
 def take_turns(
@@ -127,35 +150,67 @@ def take_turns(
     count: Callable[[Engine], int],
     budget: Budget,
     tell: Callable[[float], None] = lambda fraction: None,
-) -> dict[str, list[Step]]:
+) -> Turns:
     """The timed steps of each engine: whatever drifts meets all of them alike, and each follows
-    others than before in every round.
+    others than before in every round. A turn begins with `WAKING_STEPS` steps, whosever it is.
 
     Args:
         engines: filled, by name.
         rounds: turns of each; fewer where the budget is spent, but one.
-        count: steps of an engine's turn.
+        count: timed steps of an engine's turn.
         tell: is told the fraction of the rounds done.
     """
     steps: dict[str, list[Step]] = {name: [] for name in engines}
     names = list(engines)
     before = None
-    for done, order in zip(range(rounds), orders(len(names)), strict=False):
-        if done and budget.is_spent():
-            break
-        tell(done / rounds)
-        for name in (names[place] for place in order):
-            engine = engines[name]
-            if before is not None and before != engine.process:
-                time.sleep(SETTLE_SECONDS)
-            before = engine.process
-            steps[name] += engine.step(count(engine))
-    return steps
+    done = 0
+    with collector_off():
+        for order in orders(len(names)):
+            if done == rounds or (done and budget.is_spent()):
+                break
+            tell(done / rounds)
+            for name in (names[place] for place in order):
+                engine = engines[name]
+                if before is not None and before != engine.process:
+                    time.sleep(SETTLE_SECONDS)
+                before = engine.process
+                engine.step(WAKING_STEPS)
+                steps[name] += engine.step(count(engine))
+            done += 1
+    return Turns(steps, done)
 
 
-def lacking_memory(engines: Mapping[str, Engine], shape: LlamaShape, batch: Batch) -> str | None:
-    """Why the engines do not fit together; None: they do."""
-    needed = sum(engine.memory_bytes(shape, batch) for engine in engines.values())
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """No garbage is collected while steps are timed."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def lacking_memory(
+    engines: Mapping[str, Engine],
+    shape: LlamaShape,
+    batch: Batch,
+    largest: Batch | None = None,
+    model_bytes: int = 0,
+) -> str | None:
+    """Why the engines do not fit together; None: they do.
+
+    Args:
+        batch: that they shall be filled with.
+        largest: what they shall be started with before; None: they are started.
+        model_bytes: of a model in this process that is still to be made.
+    """
+    needed = model_bytes
+    for engine in engines.values():
+        needed += engine.fill_bytes(shape, batch)
+        needed += 0 if largest is None else engine.start_bytes(shape, largest)
     free = available_bytes()
     if needed <= free:
         return None

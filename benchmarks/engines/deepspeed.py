@@ -54,8 +54,8 @@ class BMCDeepSpeed(DeepSpeed):
     def new_cache(self, max_rows: int) -> Cache:
         return BMCCache(self.config, self.r)
 
-    def memory_bytes(self, shape: LlamaShape, batch: Batch) -> int:
-        return super().memory_bytes(shape, batch._replace(new_rows=batch.new_rows + 2 * self.r))
+    def fill_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+        return super().fill_bytes(shape, batch._replace(new_rows=batch.new_rows + 2 * self.r))
 
 
 def make(name: str, r: int) -> DeepSpeed:

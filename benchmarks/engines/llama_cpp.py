@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.engines.base import Batch, Engine, Step
-from benchmarks.lib.llama import RandomLlama, drawn_tokens
+from benchmarks.lib.llama import LlamaShape, RandomLlama, drawn_tokens
 from benchmarks.lib.worker_client import WorkerProcess, worker_command
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -36,7 +36,7 @@ class LlamaCpp(Engine):
     """
 
     name, title, peer, reference = "llama_cpp", "llama.cpp", True, "llama_cpp"
-    process, wakes = "llama.cpp", 1
+    process = "llama.cpp"
 
     def __init__(self, python: Path, threads: int) -> None:
         self.python = python
@@ -63,7 +63,6 @@ class LlamaCpp(Engine):
         self._ask("fill", prompt=tokens, batch=batch.sequences, new=batch.new_rows)
 
     def step(self, count: int) -> list[Step]:
-        self._ask("steps", count=self.wakes)
         return [Step(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
 
     def logits(self) -> torch.Tensor:
@@ -78,6 +77,13 @@ class LlamaCpp(Engine):
 
     def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
         return torch.tensor(self._ask("generate", prompts=prompts.tolist(), new=new)["tokens"])
+
+    def start_bytes(self, shape: LlamaShape, largest: Batch) -> int:
+        """Weights of its own: the GGUF file, mapped."""
+        return shape.weight_bytes
+
+    def empty(self) -> None:
+        self._ask("empty")
 
     def close(self) -> None:
         if self.worker is not None:

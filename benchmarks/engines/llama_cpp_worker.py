@@ -70,8 +70,7 @@ class Worker:
     def open(self, batch, rows):
         """A context for so many sequences of so many rows each, each with its own memory."""
         api = self.api
-        if self.context:
-            api.llama_free(self.context)
+        self.empty()
         kind = self.gguf.GGMLQuantizationType["BF16" if self.config["is_bfloat16"] else "F32"]
         options = api.llama_context_default_params()
         options.n_ctx = batch * (-(-rows // 256) * 256)
@@ -87,6 +86,12 @@ class Worker:
         if not self.context:
             raise RuntimeError(f"llama.cpp has no context for {batch} x {rows} rows")
         self.memory = api.llama_get_memory(self.context)
+
+    def empty(self):
+        if self.context:
+            self.api.llama_free(self.context)
+        self.context = None
+        return {}
 
     def decode(self, rows):
         """Rows (token, position, sequence, whether logits are wanted) through the model."""

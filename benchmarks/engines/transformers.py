@@ -7,6 +7,7 @@ copy where linears are packed). Knows nothing of other frameworks.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from abc import abstractmethod
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from benchmarks.engines.base import Batch, Counted, Engine, Step
 from benchmarks.lib.llama import DrawnRows, LlamaShape, RandomLlama, drawn_tokens
 from bmc_transformers import BMCCache, enable
+
+drawn_rows = functools.lru_cache(1)(DrawnRows)
+"""The same tables for every fill: drawing them takes longer than filling a small cache."""
 
 
 def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -35,6 +39,7 @@ class HuggingFace(Engine):
     def start(self, model: RandomLlama, largest: Batch) -> None:
         self.shape = model.shape
         self.model = self.load(model.module)
+        self.threads = torch.get_num_threads()
 
     @abstractmethod
     def load(self, model: LlamaForCausalLM) -> Any:
@@ -49,10 +54,11 @@ class HuggingFace(Engine):
         return self.model.config
 
     def fill(self, batch: Batch) -> None:
-        self.cache = None
+        self.empty()
+        self.batch = batch
         shape, (sequences, rows, new_rows) = self.shape, batch
         cache = self.cache = self.new_cache(rows + new_rows)
-        drawn = DrawnRows(shape.kv_heads, shape.head_size, shape.torch_dtype)
+        drawn = drawn_rows(shape.kv_heads, shape.head_size, shape.torch_dtype)
         tokens = drawn_tokens(shape.vocabulary, sequences, rows + 1)
         positions = torch.arange(rows).repeat(sequences)
         size = (sequences, rows, shape.kv_heads, shape.head_size)
@@ -87,11 +93,20 @@ class HuggingFace(Engine):
     def logits(self) -> torch.Tensor:
         return self._step()[:, -1].float()
 
+    def replay(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.fill(self.batch)
+        rows = torch.cat([self.next, tokens], 1)
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=rows, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        return out.logits[:, -1].float()
+
     def tokens(self) -> list[list[int]]:
         return torch.cat(self.found, 1).tolist()
 
     def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
-        self.cache = None
+        self.empty()
         return self.model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -112,6 +127,9 @@ class HuggingFace(Engine):
     def _growths(self) -> int:
         counted = self.counted()
         return 0 if counted is None else counted.growths
+
+    def empty(self) -> None:
+        self.cache = None
 
     def close(self) -> None:
         self.cache = self.model = None
@@ -164,10 +182,8 @@ class BMC(HuggingFace):
     def new_cache(self, max_rows: int) -> Cache:
         return BMCCache(self.config, self.r)
 
-    def memory_bytes(self, shape: LlamaShape, batch: Batch) -> int:
-        ahead = batch._replace(new_rows=batch.new_rows + 2 * self.r)
-        weights = shape.weight_bytes if self.packs and self.model is None else 0
-        return super().memory_bytes(shape, ahead) + weights
+    def fill_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+        return super().fill_bytes(shape, batch._replace(new_rows=batch.new_rows + 2 * self.r))
 
 
 class BMCViews(BMC):
@@ -180,6 +196,11 @@ class BMCPacked(BMC):
     """Cache, kernel and packed linear layers."""
 
     name, title, packs = "bmc_packed", "BMC, packed linears", True
+
+    def start_bytes(self, shape: LlamaShape, largest: Batch) -> int:
+        """Plain weights of its own, and their packed copy, which takes their place layer by layer;
+        the allocator may keep what was freed."""
+        return 2 * shape.weight_bytes
 
 
 def make(name: str, r: int) -> HuggingFace:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.engines.base import Batch, Engine, Step
 from benchmarks.lib.llama import LlamaShape, RandomLlama
-from benchmarks.lib.worker_client import WorkerProcess, worker_command
+from benchmarks.lib.worker_client import WorkerError, WorkerProcess, worker_command
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TREE = Path(__file__).resolve().parents[2]
@@ -37,12 +37,9 @@ class VLLM(Engine):
         compile: with torch.compile.
         drawn: see `vllm_worker.Worker.fill`.
 
-    Attributes:
-        threads: of the engine, once it is started.
     """
 
     reference = "cpu_attn"
-    wakes = 1
 
     def __init__(
         self, name: str, bind: str = "", *, compile: bool = False, drawn: bool = True
@@ -74,6 +71,11 @@ class VLLM(Engine):
             compile=self.compile,
         )
         self.threads = answer["threads"]
+        if answer["backends"] != [self.title]:
+            raise WorkerError(
+                f"{self.process}: its layers attend with {', '.join(answer['backends'])}; "
+                f"allowed: {self.title}"
+            )
 
     def _ask(self, do: str, **request: Any) -> dict[str, Any]:
         assert self.worker is not None, "start comes first"
@@ -89,7 +91,6 @@ class VLLM(Engine):
         )
 
     def step(self, count: int) -> list[Step]:
-        self._ask("steps", count=self.wakes)
         return [Step(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
 
     def logits(self) -> torch.Tensor:
@@ -104,9 +105,17 @@ class VLLM(Engine):
     def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
         return torch.tensor(self._ask("generate", prompts=prompts.tolist(), new=new)["tokens"])
 
-    def memory_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+    def start_bytes(self, shape: LlamaShape, largest: Batch) -> int:
         """Pool, weights and their packed copies, vLLM itself."""
-        return pool_bytes(shape, batch) + 2 * shape.weight_bytes + (3 << 29)
+        return pool_bytes(shape, largest) + 2 * shape.weight_bytes + (3 << 29)
+
+    def fill_bytes(self, shape: LlamaShape, batch: Batch) -> int:
+        """None: the pool is there since `start`."""
+        return 0
+
+    def empty(self) -> None:
+        """The sequences end; the pool stays."""
+        self._ask("empty")
 
     def close(self) -> None:
         if self.worker is not None:

@@ -46,7 +46,8 @@ class Worker:
         core: Any = self.engine.engine_core
         self.runner = core.engine_core.model_executor.driver_worker.worker.model_runner
         self.tokens: dict[str, list[int]] = {}
-        return {"threads": torch.get_num_threads()}
+        backends = {layer.attn_backend.get_name() for layer in self._layers().values()}
+        return {"threads": torch.get_num_threads(), "backends": sorted(backends)}
 
     def _layers(self) -> dict[str, Any]:
         """Attention layers by name."""
@@ -59,6 +60,11 @@ class Worker:
         while self.engine.has_unfinished_requests():
             self.engine.step()
         self.tokens = {}
+
+    def empty(self) -> dict[str, Any]:
+        """Ends the batch."""
+        self._abort()
+        return {}
 
     def fill(self, batch: int, rows: int, new: int, drawn: bool) -> dict[str, Any]:
         """Requests of drawn tokens, run through; with `drawn` the model is not run: its layers'

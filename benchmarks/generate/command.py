@@ -59,8 +59,8 @@ def command(
 ) -> None:
     """A decode step of Hugging Face generation: BMC, transformers' caches and DeepSpeed in turns.
 
-    Ends with 1 when an answer differs, 2 when an option is not allowed, 3 when a system cannot run
-    here.
+    Ends with 1 when an answer differs, 2 when an option is not allowed, 3 when nothing could be
+    measured here.
     """
     require_outputs(json)
     names = HUGGING_FACE if systems is None else tuple(systems.split(","))
@@ -90,3 +90,5 @@ def command(
     found = run_shown(run.run, options, shown_on, WorkerError)
     report.show(found, shown_on, goals)
     hand_out(shown_on, found.failures, json, lambda: report.document(found))
+    if not found.rows:
+        raise typer.Exit(3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich import box
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from benchmarks.generate.run import Report, Row
 from benchmarks.lib import goals, record
+from benchmarks.lib.samples import error_text, percent, spread_of
 
 
 def _ratio(report: Report, row: Row, peer: str) -> float | None:
@@ -24,8 +24,8 @@ def document(report: Report) -> dict[str, Any]:
     """The run as plain data: the head of `lib/record.py`, and
 
     "settings": {threads, r, rounds, dtype, model}, "read_gb_s",
-    "rows": [{case, batch, rows, system, ms, ms_low, ms_high, ms_min, spread, steps, growth_ms,
-              step_ms, floor_ms, floor_binds, logits_error, copied_mb, reserved_mb,
+    "rows": [{case, batch, rows, system, rounds, ms, ms_low, ms_high, ms_min, spread, steps,
+              growth_ms, step_ms, floor_ms, floor_binds, logits_error, copied_mb, reserved_mb,
               ratios: {peer: x}}]
 
     Times are milliseconds of one step; `step_ms` is `ms` and its share of a growth, `floor_ms` what
@@ -58,7 +58,9 @@ def _row(row: Row, report: Report) -> dict[str, Any]:
         "batch": row.case.batch,
         "rows": row.rows,
         "system": row.system,
+        "rounds": row.rounds,
         **row.timing.document("steps"),
+        "spread": spread_of(row.timing),
         "growth_ms": row.growth_ms,
         "step_ms": row.step_ms,
         "floor_ms": row.floor.ms,
@@ -99,7 +101,7 @@ def _table(report: Report) -> Table:
     for name in ("batch x rows", "system"):
         table.add_column(name)
     ratio_columns = [f"{titles[peer]} is" for peer in peers]
-    for name in ("ms", "spread", "+ growth", "floor", *ratio_columns, "differs"):
+    for name in ("ms", "spread", "rounds", "+ growth", "floor", *ratio_columns, "differs"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in report.rows:
@@ -108,11 +110,12 @@ def _table(report: Report) -> Table:
             row.case.name if row.case != last else "",
             row.title,
             f"{row.timing.ms:.1f}",
-            f"{row.timing.spread:.0%}",
+            percent(spread_of(row.timing)),
+            str(row.rounds),
             "" if row.peer else f"{row.step_ms - row.timing.ms:.2f}",
             str(row.floor) if row.case != last else "",
             *("" if row.peer or ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-            "" if math.isnan(row.logits_error) else f"{row.logits_error:.0e}",
+            error_text(row.logits_error),
             style=None if row.peer else "bold",
         )
         last = row.case

@@ -96,3 +96,5 @@ def command(
         plot,
         lambda path: pictures.draw(found, path),
     )
+    if not found.curves:
+        raise typer.Exit(3)

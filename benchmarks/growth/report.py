@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.growth.curves import Curve, Point, Slope
 from benchmarks.growth.run import Report
 from benchmarks.lib import goals, record
+from benchmarks.lib.samples import percent, spread_of
 
 TITLES = {"padded": "sdpa over padding", "sdpa": "sdpa over views", "native": "native kernel"}
 
@@ -81,7 +82,7 @@ def _point(point: Point) -> dict[str, Any]:
         "seconds_low": timing.low / 1e3,
         "seconds_high": timing.high / 1e3,
         "seconds_min": timing.best / 1e3,
-        "spread": timing.spread,
+        "spread": spread_of(timing),
         "rounds": [ms / 1e3 for ms in point.rounds],
         "predicted_seconds": point.predicted,
         "picked": point.picked,
@@ -107,8 +108,8 @@ def curve_table(curves: list[Curve]) -> Table:
         table.add_row(
             TITLES[curve.attention] if curve.attention != before else "",
             *(str(curve.prompt_rows), str(curve.new_rows), str(curve.picked.r)),
-            *(f"{picked.ms / 1e3:.3f}", f"{picked.spread:.1%}", str(curve.fastest.r)),
-            *(f"{fastest.ms / 1e3:.3f}", f"{fastest.spread:.1%}", f"{curve.loss:.1%}"),
+            *(f"{picked.ms / 1e3:.3f}", percent(spread_of(picked), 1), str(curve.fastest.r)),
+            *(f"{fastest.ms / 1e3:.3f}", percent(spread_of(fastest), 1), f"{curve.loss:.1%}"),
             f"{times[0]:.2f} to {times[-1]:.2f}",
             f"{curve.predicted_best:.1f}" if padding else "",
             f"{curve.measured_best:.1f}" if padding else "",

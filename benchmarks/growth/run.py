@@ -50,10 +50,11 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
     """Calibrates, then measures all generations in turns."""
     recorder = Recorder()
     budget = Budget(options.seconds, options.clock)
-    longest = max(options.lengths)
     missing: list[str] = []
     with threads_set(options.threads):
-        generator = Generator(options.shape, options.batch_size, max(options.prompts) + longest + 1)
+        generator = Generator(
+            options.shape, options.batch_size, max(options.prompts) + max(options.lengths) + 1
+        )
         geometry = Geometry.from_config(generator.config, torch.float32)
         calibration = calibrate(
             geometry,
@@ -63,10 +64,14 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
         )
         tell("tokens of transformers' own cache", 0.05)
         start = options.clock()
-        references = _references(options, generator)
-        per_row = (options.clock() - start) / (len(options.prompts) * longest)
+        shortest = replace(options, lengths=(min(options.lengths),))
+        references = _references(shortest, generator)
+        rows = len(options.prompts) * min(options.lengths)
+        per_row = (options.clock() - start) / rows
         options = _affordable(options, geometry, per_row, budget, missing)
-        runs = runs_of(options, geometry)
+        if len(options.lengths) > 1:
+            references = _references(options, generator)
+        runs = runs_of(options, geometry) if options.lengths else []
         results, failures = _Session(options, generator, references, runs, missing).measure(
             budget, tell
         )
@@ -95,18 +100,21 @@ def _references(options: Options, generator: Generator) -> dict[int, torch.Tenso
 def _affordable(
     options: Options, geometry: Geometry, per_row: float, budget: Budget, missing: list[str]
 ) -> Options:
-    """Without the longest N while one round at `per_row` seconds a row would take longer than
-    there is; two of them stay, which a slope needs."""
+    """Without the longest N while the references and one round at `per_row` seconds a row would
+    take longer than there is; none may be left."""
     lengths = sorted(options.lengths)
-    while True:
+    while lengths:
         fewer = replace(options, lengths=tuple(lengths))
         seconds = per_row * sum(run.new_rows for run in runs_of(fewer, geometry))
-        if len(lengths) <= 2 or seconds <= budget.left():
+        if len(lengths) > 1:
+            seconds += per_row * len(options.prompts) * lengths[-1]
+        if seconds <= budget.left():
             return fewer
         missing.append(
             f"N = {lengths.pop()}: a round would take {seconds:.0f} s, {budget.left():.0f} are "
             "left; --cases full has no limit"
         )
+    return replace(options, lengths=())
 
 
 class _Session:
@@ -128,6 +136,8 @@ class _Session:
         """Every run `rounds` times, or as often as there is time for, but once; each round starts
         at another one."""
         options, runs = self.options, self.runs
+        if not runs:
+            return [], self.failures
         for attention in options.attentions:  # what is made once is not timed
             self.generator.generate(attention, BMCPolicy(r=8), options.prompts[0], 16, None)
         results: list[list[Generated]] = [[] for _ in runs]

@@ -1,4 +1,4 @@
-"""A worker process that answers JSON requests, one line each.
+"""A worker process that answers numbered JSON requests, one line each.
 
 Promises that a worker that ends, says nonsense or reports an error becomes an exception that says
 so, with the end of what it printed. Knows nothing of what is asked.
@@ -19,6 +19,8 @@ from typing import Any
 
 LOOP = Path(__file__).with_name("worker_loop.py")
 TAIL_CHARACTERS = 1500
+LINE_BYTES = 80
+"""Of a line that is no answer, in its message."""
 
 
 class WorkerError(Exception):
@@ -64,23 +66,45 @@ class WorkerProcess:
             self._log.close()
             raise WorkerError(f"{title}: {command[0]} does not start: {error.strerror}") from None
         self._rest = b""
+        self._number = 0
 
     def ask(self, timeout: float, **request: Any) -> dict[str, Any]:
         """The worker's answer.
 
         Raises:
-            WorkerError: it has ended, does not answer in `timeout` seconds, or answers "error".
+            WorkerError: it has ended, answers "error", or does not answer this request in `timeout`
+                seconds with a JSON object; but for "error", the worker is ended.
         """
         process = self._process
         assert process.stdin is not None
+        self._number += 1
+        numbered = {**request, "number": self._number}
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(json.dumps(numbered).encode() + b"\n")
         except (BrokenPipeError, ValueError):
             raise self._ended() from None
-        answer = json.loads(self._line(timeout))
+        answer = self._parsed(self._line(timeout))
         if "error" in answer:
             raise WorkerError(f"{self.title}: {answer['error']}")
         return answer
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        """The answer in a line; what came after another is not known."""
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or answer.pop("number", None) != self._number:
+            self._kill()
+            raise WorkerError(
+                f"{self.title}: answered {line[:LINE_BYTES]!r}; allowed: a JSON object with the "
+                f"request's number, {self._number}{self._tail()}"
+            )
+        return answer
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def _line(self, timeout: float) -> bytes:
         stream = self._process.stdout
@@ -90,6 +114,7 @@ class WorkerProcess:
             selector.register(stream, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self._kill()  # a late answer would be taken for the next request's
                     raise WorkerError(
                         f"{self.title}: no answer in {timeout:.0f} seconds{self._tail()}"
                     )

@@ -13,7 +13,8 @@ import traceback
 
 
 def answer_requests(make_worker):
-    """Until standard input ends: {"do": method, ...arguments} becomes that method's answer.
+    """Until standard input ends: {"do": method, "number": n, ...arguments} becomes that method's
+    answer, with the number.
 
     The worker is made at the first request. Whatever goes wrong is the answer {"error": text}.
     """
@@ -23,7 +24,7 @@ def answer_requests(make_worker):
     worker = None
     for line in sys.stdin:
         request = json.loads(line)
-        action = request.pop("do")
+        action, number = request.pop("do"), request.pop("number")
         try:
             if worker is None:
                 worker = make_worker()
@@ -31,7 +32,7 @@ def answer_requests(make_worker):
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps({**answer, "number": number}) + "\n")
 
 
 def load(path):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lib import goals, record
+from benchmarks.lib.samples import error_text, percent, spread_of
 from benchmarks.step.run import Report, Row
 
 
@@ -18,7 +19,8 @@ def document(report: Report) -> dict[str, Any]:
     "settings": {bind, rounds, steps, compile, drawn}, "read_gb_s",
     "rows": [{case, model, layers, hidden, heads, kv_heads, head_size, batch, rows, system,
               threads, ms, ms_low, ms_high, ms_min, spread, steps, tokens_per_second, floor_ms,
-              floor_binds, ratio, logits_error, tokens_agree}]
+              floor_binds, ratio, logits_error, logits_error_after,
+              tokens_agree}]
 
     floor_ms is what reading weights and rows, or multiplying with them, takes at the measured
     ceilings; floor_binds says which ("reads", "products").
@@ -29,6 +31,7 @@ def document(report: Report) -> dict[str, Any]:
         report.record,
         {name: getattr(report.options, name) for name in names},
         failures=report.failures,
+        missing=report.missing,
         goals=goals.document(report.verdicts),
         read_gb_s=report.read_gb_s,
         rows=[_row(row) for row in report.rows],
@@ -47,11 +50,13 @@ def _row(row: Row) -> dict[str, Any]:
         "system": row.system,
         "threads": row.threads,
         **row.timing.document("steps"),
+        "spread": spread_of(row.timing),
         "tokens_per_second": case.batch / row.timing.ms * 1e3,
         "floor_ms": row.floor.ms,
         "floor_binds": row.floor.binds,
         "ratio": row.ratio,
         "logits_error": row.logits_error,
+        "logits_error_after": row.logits_error_after,
         "tokens_agree": row.tokens_agree,
     }
 
@@ -62,6 +67,8 @@ def show(report: Report, console: Console, with_goals: bool = False) -> None:
     console.print(_table(report))
     if with_goals:
         goals.show(report.verdicts, report.record.isas, console)
+    for text in report.missing:
+        console.print(f"not checked: {text}", highlight=False, markup=False)
     note = report.record.busy_note()
     if note:
         console.print(note, highlight=False)
@@ -81,7 +88,16 @@ def _table(report: Report) -> Table:
     )
     for name in ("case", "system"):
         table.add_column(name)
-    columns = ("ms", "spread", "floor", "tokens/s", "faster", "logits differ", "tokens agree")
+    columns = (
+        "ms",
+        "spread",
+        "floor",
+        "tokens/s",
+        "faster",
+        "differs",
+        "after turns",
+        "tokens agree",
+    )
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
@@ -90,11 +106,12 @@ def _table(report: Report) -> Table:
             row.case.name if ours else "",
             row.title,
             f"{row.timing.ms:.1f}",
-            f"{row.timing.spread:.0%}",
+            percent(spread_of(row.timing)),
             str(row.floor) if ours else "",
             f"{row.case.batch / row.timing.ms * 1e3:.0f}",
             f"{row.ratio:.2f}x",
-            f"{row.logits_error:.0e}" if ours else "",
+            error_text(row.logits_error),
+            error_text(row.logits_error_after),
             f"{row.tokens_agree:.0%}" if ours else "",
             style="bold" if ours else None,
         )

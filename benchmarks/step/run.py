@@ -7,6 +7,7 @@ finite, or are not the other's, makes the run fail. Knows nothing of files and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.engines import VLLM, Settings, make, vllm
-from benchmarks.engines.base import Batch, Engine, Step, lacking_memory, take_turns
+from benchmarks.engines import VLLM, Settings, make
+from benchmarks.engines.base import (
+    WAKING_STEPS,
+    Batch,
+    Engine,
+    Step,
+    lacking_memory,
+    take_turns,
+)
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
 from benchmarks.lib.ceilings import Ceilings, Floor
 from benchmarks.lib.goals import Goal, Verdict, holding, load
@@ -50,8 +58,7 @@ class Options:
 
     def batch(self, case: StepCase) -> Batch:
         """Timed, waking, warming and checking steps included."""
-        wakes = vllm.VLLM.wakes
-        new_rows = self.rounds * (self.steps + wakes) + WARM_STEPS + wakes + 1
+        new_rows = self.rounds * (self.steps + WAKING_STEPS) + WARM_STEPS + 2
         return Batch(case.batch, case.rows, new_rows)
 
 
@@ -62,7 +69,9 @@ class Row(NamedTuple):
         timing: of the decode steps.
         floor: what a step takes at least here.
         ratio: the other engine's median over this one's.
-        logits_error: of this engine's first decode step, relative to CPU_ATTN's.
+        logits_error: of this engine's first decode step, relative to CPU_ATTN's; NaN for itself.
+        logits_error_after: of the step after the turns, over the sequences whose tokens were
+            CPU_ATTN's until then; NaN where there is none.
         tokens_agree: share of the greedy tokens, up to each sequence's first difference, that
             are CPU_ATTN's.
     """
@@ -76,16 +85,19 @@ class Row(NamedTuple):
     floor: Floor
     ratio: float
     logits_error: float
+    logits_error_after: float
     tokens_agree: float
 
 
 class Report(NamedTuple):
-    """All that a run found out; `read_gb_s`: read bandwidth of as many threads."""
+    """All that a run found out; `missing`: what could not be checked; `read_gb_s`: read bandwidth
+    of as many threads."""
 
     record: Record
     options: Options
     rows: list[Row]
     failures: list[str]
+    missing: list[str]
     verdicts: list[Verdict]
     read_gb_s: float
 
@@ -105,20 +117,22 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
     recorder, ceilings = Recorder(), Ceilings()
     rows: list[Row] = []
     failures: list[str] = []
+    missing: list[str] = []
     for number, case in enumerate(options.cases):
         part = 1 / len(options.cases)
 
         def tell_part(text: str, done: float, case=case, number=number, part=part) -> None:
             tell(f"{case.name}: {text}", part * (number + done))
 
-        measured, wrong = _Case(case, options, ceilings, tell_part).measure()
-        rows += measured
-        failures += wrong
+        one = _Case(case, options, ceilings, tell_part)
+        rows += one.measure()
+        failures += one.failures
+        missing += one.missing
     tell("done", 1.0)
     record = recorder.record()
     verdicts = judge(rows, holding(GOALS, record.isas))
     read = ceilings.read(rows[0].threads).rate
-    return Report(record, options, rows, failures, verdicts, read)
+    return Report(record, options, rows, failures, missing, verdicts, read)
 
 
 class _Case:
@@ -129,11 +143,12 @@ class _Case:
     ) -> None:
         self.case, self.options, self.ceilings, self.tell = case, options, ceilings, tell
         self.failures: list[str] = []
+        self.missing: list[str] = []
 
-    def measure(self) -> tuple[list[Row], list[str]]:
+    def measure(self) -> list[Row]:
         case, batch = self.case, self.options.batch(self.case)
         engines = {name: make(name, self.options.settings) for name in VLLM}
-        lacking = lacking_memory(engines, case.shape, batch)
+        lacking = lacking_memory(engines, case.shape, batch, batch)
         if lacking is not None:
             raise MemoryError(f"{case.name}: {lacking}; leave the case out with --only")
         with ExitStack() as stack:
@@ -143,7 +158,7 @@ class _Case:
             logits = {name: self._logits(engine) for name, engine in engines.items()}
             for engine in engines.values():
                 engine.step(WARM_STEPS)
-            steps = take_turns(
+            steps, _ = take_turns(
                 engines,
                 self.options.rounds,
                 lambda engine: self.options.steps,
@@ -151,7 +166,8 @@ class _Case:
                 lambda done: self.tell("stepping in turns", 0.65 + 0.35 * done),
             )
             tokens = {name: engine.tokens() for name, engine in engines.items()}
-        return self._rows(engines, logits, steps, tokens), self.failures
+            after = {name: self._logits(engine) for name, engine in engines.items()}
+        return self._rows(engines, (logits, after), steps, tokens)
 
     def _start(self, engines: dict[str, Engine], batch: Batch, stack: ExitStack) -> None:
         self.tell("writing the model", 0.0)
@@ -175,12 +191,12 @@ class _Case:
     def _rows(
         self,
         engines: dict[str, Engine],
-        logits: dict[str, torch.Tensor],
+        logits: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
         steps: dict[str, list[Step]],
         tokens: dict[str, list[list[int]]],
     ) -> list[Row]:
         case = self.case
-        threads = {name: getattr(engine, "threads", 1) for name, engine in engines.items()}
+        threads = {name: engine.threads for name, engine in engines.items()}
         if len(set(threads.values())) > 1:
             self.failures.append(f"{case.name}: the engines have {threads} threads")
         self.tell("ceilings", 1.0)
@@ -191,17 +207,40 @@ class _Case:
         rows = []
         for name, engine in engines.items():
             other = OURS if name == PEER else PEER
-            error = relative_error(logits[name], logits[PEER])
-            if not error <= LOGIT_TOLERANCE:
-                self.failures.append(
-                    f"{case.name}: {engine.title}'s logits differ from CPU_ATTN's by {error:.1e}; "
-                    f"allowed: {LOGIT_TOLERANCE}"
-                )
+            error = after = math.nan
+            if name != PEER:
+                error, after = self._errors(engine, logits, tokens)
             ratio = timings[other].ms / timings[name].ms
             agree = agreement(tokens[name], tokens[PEER])
             side = (engine.name, engine.title, engine.peer, threads[name])
-            rows.append(Row(case, *side, timings[name], floor, ratio, error, agree))
+            rows.append(Row(case, *side, timings[name], floor, ratio, error, after, agree))
         return rows
+
+    def _errors(
+        self,
+        engine: Engine,
+        logits: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+        tokens: dict[str, list[list[int]]],
+    ) -> tuple[float, float]:
+        """Before the turns, and after them; what follows other tokens cannot be compared."""
+        before, after = ((found[engine.name], found[PEER]) for found in logits)
+        pairs = zip(tokens[engine.name], tokens[PEER], strict=True)
+        same = torch.tensor([ours == theirs for ours, theirs in pairs])
+        errors = {"before": relative_error(*before)}
+        if same.any():
+            errors["after"] = relative_error(*(found[same] for found in after))
+        else:
+            self.missing.append(
+                f"{self.case.name}: {engine.title}'s logits after the turns: no sequence has "
+                "CPU_ATTN's tokens until there"
+            )
+        for when, error in errors.items():
+            if not error <= LOGIT_TOLERANCE:
+                self.failures.append(
+                    f"{self.case.name}: {engine.title}'s logits differ from CPU_ATTN's by "
+                    f"{error:.1e} {when} the turns; allowed: {LOGIT_TOLERANCE}"
+                )
+        return errors["before"], errors.get("after", math.nan)
 
 
 def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:

@@ -1,14 +1,18 @@
 """What `base.Engine` promises, of every engine in this process."""
 
+import gc
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.engines import HUGGING_FACE, NAMES, Settings, make
+from benchmarks.engines import HUGGING_FACE, NAMES, Settings, make, transformers
 from benchmarks.engines.base import Batch, Engine, Step, take_turns
 from benchmarks.engines.transformers import Dynamic, twin
+from benchmarks.lib import llama
 from benchmarks.lib.llama import TINY, RandomLlama, drawn_tokens
 from benchmarks.lib.timing import Budget
 
@@ -44,6 +48,7 @@ def expected(model: RandomLlama) -> dict[str, object]:
 def test_names(engine: Engine) -> None:
     assert engine.name in NAMES
     assert engine.reference in NAMES
+    assert engine.threads == torch.get_num_threads()
     assert engine.peer == (not engine.name.startswith("bmc"))
 
 
@@ -68,6 +73,52 @@ def test_filled_stepped_and_asked(engine: Engine, expected: dict) -> None:
     counted = engine.counted()
     # 27 rows in chunks of 16: the row after 32 makes the cache grow, in the fifth timed step.
     assert [step.grew for step in steps] == [counted is not None and i == 4 for i in range(8)]
+
+
+def test_a_reference_replays_the_steps_of_another(engine: Engine, expected: dict) -> None:
+    """The tokens of many steps, run through at once, end with the logits of the last step."""
+    engine.fill(Batch(2, 27, 12))
+    engine.step(9)
+    logits = engine.logits()
+    tokens = torch.tensor(engine.tokens())[:, :-1]
+    replayed = engine.replay(tokens)
+    torch.testing.assert_close(replayed, logits, rtol=2e-3, atol=2e-3)
+
+
+def test_a_batch_is_given_back(engine: Engine) -> None:
+    shape = replace(TINY, dtype="float32")
+    batch = Batch(64, 1000, 8)
+    engine.fill(batch)
+    engine.step(1)
+    filled = resident_bytes()
+    engine.empty()
+    engine.empty()
+    assert filled - resident_bytes() > 0.9 * batch.sequences * batch.rows * shape.row_bytes
+    engine.fill(Batch(1, 9, 2))
+    engine.step(1)
+    engine.empty()
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_tables_of_drawn_rows_are_drawn_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    right = llama.DrawnRows.__init__
+
+    def counting(self, *arguments) -> None:
+        drawn.append(arguments)
+        right(self, *arguments)
+
+    monkeypatch.setattr(llama.DrawnRows, "__init__", counting)
+    transformers.drawn_rows.cache_clear()
+    for _ in range(3):
+        engine.fill(Batch(1, 9, 2))
+    assert len(drawn) == 1
 
 
 def test_a_twin_has_the_same_weights(model: RandomLlama) -> None:
@@ -104,8 +155,23 @@ def test_turns_end_with_the_budget_but_not_before_the_first() -> None:
     now = [0.0]
     engines = {name: Counting(name, turns, now) for name in ("a", "b")}
     budget = Budget(50.0, lambda: now[0])
-    steps = take_turns(engines, 10, lambda engine: 1, budget)
-    assert turns == ["a", "b", "b", "a", "a", "b"]
-    assert [len(found) for found in steps.values()] == [3, 3]
-    late = Budget(-1.0, lambda: now[0])
-    assert [len(found) for found in take_turns(engines, 3, lambda e: 2, late).values()] == [2, 2]
+    steps, rounds = take_turns(engines, 10, lambda engine: 1, budget)
+    # Each turn is a step that wakes the engine, whosever it is, and the one that is timed.
+    assert turns == [name for name in "abba" for _ in range(2)]
+    assert [len(found) for found in steps.values()] == [2, 2]
+    assert rounds == 2
+    late = take_turns(engines, 3, lambda e: 2, Budget(-1.0, lambda: now[0]))
+    assert [len(found) for found in late.steps.values()] == [2, 2]
+    assert late.rounds == 1
+
+
+def test_no_garbage_is_collected_while_steps_are_timed() -> None:
+    class Watching(Counting):
+        def step(self, count: int) -> list[Step]:
+            enabled.append(gc.isenabled())
+            return super().step(count)
+
+    enabled: list[bool] = []
+    take_turns({"a": Watching("a", [], [0.0])}, 2, lambda engine: 1, Budget(None))
+    assert enabled == [False] * 4
+    assert gc.isenabled()

@@ -11,6 +11,7 @@ from benchmarks.engines import vllm as engines
 from benchmarks.engines.base import Batch
 from benchmarks.engines.vllm import MARGIN, TREE, environment, pool_bytes
 from benchmarks.lib.llama import MHA, TINY, RandomLlama
+from benchmarks.lib.worker_client import WorkerError
 
 PLAYED = """
 import os
@@ -19,7 +20,9 @@ class Worker:
     def start(self, **request):
         assert os.path.exists(request["model"] + "/model.safetensors")
         self.asked = [dict(request, bind=os.environ["VLLM_CPU_OMP_THREADS_BIND"])]
-        return {"threads": 2}
+        return {"threads": 2, "backends": [request["backend"]]}
+    def empty(self):
+        return {}
     def fill(self, **request):
         self.asked.append(request)
         return {}
@@ -67,8 +70,20 @@ def test_an_engine_asks_for_its_backend_and_room(engine: engines.VLLM) -> None:
     assert started["rows"] == 20 + 10 + MARGIN
     assert started["pool_bytes"] == pool_bytes(TINY, largest)
     assert filled == {"batch": 2, "rows": 15, "new": 5 + MARGIN, "drawn": False}
-    assert counts == [engine.wakes, 4], "threads that slept are woken by steps that do not count"
+    assert counts == [4]
+    engine.empty()
     assert engine.generate(torch.tensor([[1, 2]]), 2).tolist() == [[1, 2, 7, 7]]
+    model.close()
+
+
+def test_an_engine_whose_layers_attend_otherwise_is_refused(engine: engines.VLLM) -> None:
+    """vLLM may fall back to another backend than it was asked for."""
+    worker = engines.WORKER.read_text()
+    engines.WORKER.write_text(worker.replace('[request["backend"]]', '["TORCH_SDPA"]'))
+    model = RandomLlama(TINY, 64)
+    message = f"its layers attend with TORCH_SDPA; allowed: {engine.title}"
+    with pytest.raises(WorkerError, match=message):
+        engine.start(model, Batch(3, 20, 10))
     model.close()
 
 

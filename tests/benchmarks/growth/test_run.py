@@ -152,8 +152,9 @@ class Told:
     [
         (1e-6, (6, 12, 24), 2, []),
         (0.5, (6, 12, 24), 1, ["rounds 2 to 2"]),
-        (1.5, (6, 12), 1, ["N = 24", "rounds 2 to 2"]),
-        (1e3, (6, 12), 1, ["N = 24", "rounds 2 to 2"]),
+        (1.2, (6, 12), 1, ["N = 24", "rounds 2 to 2"]),
+        (2.0, (6,), 1, ["N = 24", "N = 12", "rounds 2 to 2"]),
+        (1e3, (), None, ["N = 24", "N = 12", "N = 6"]),
     ],
 )
 def test_a_quick_run_ends_in_time_by_construction(
@@ -162,10 +163,11 @@ def test_a_quick_run_ends_in_time_by_construction(
     tmp_path: Path,
     seconds_per_row: float,
     lengths: tuple[int, ...],
-    rounds: int,
+    rounds: int | None,
     left_out: list[str],
 ) -> None:
-    """The longest N goes where one round would not fit, then rounds; two N stay for a slope."""
+    """The longest N goes where one round would not fit, then rounds, and all of them in the end:
+    the time is kept whatever a row takes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibration, "_known", {})
     monkeypatch.setattr(calibration, "measure", lambda g, **k: report.calibration.measured)
@@ -176,7 +178,14 @@ def test_a_quick_run_ends_in_time_by_construction(
     )
     assert found.options.lengths == lengths
     assert [text.split(":")[0] for text in found.missing] == left_out
-    assert {len(point.rounds) for curve in found.curves for point in curve.points} == {rounds}
+    counted = {len(point.rounds) for curve in found.curves for point in curve.points}
+    assert counted == (set() if rounds is None else {rounds})
+    if rounds is None:
+        assert clock.rows == [6], "one generation, of the shortest N, told"
+    console = Console(width=150)
+    with console.capture() as shown:
+        reports.show(found, console)
+    assert all(text in shown.get() for text in left_out)
 
 
 def test_wrong_tokens_are_a_failure(
@@ -251,6 +260,8 @@ def test_command_line(report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (asked[1].seconds, asked[2].seconds) == (None, 110.0)
     monkeypatch.setattr(growth, "run", lambda options, tell: report._replace(failures=["wrong"]))
     assert invoke("growth")[0] == 1
+    monkeypatch.setattr(growth, "run", lambda options, tell: report._replace(curves=[]))
+    assert invoke("growth")[0] == 3
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ def test_worker_answers() -> None:
     [
         ("raise SystemExit('no such engine')", "exit code 1; it printed:\nno such engine"),
         ("import os; os.abort()", "SIGABRT"),
-        ('input(); print(\'{"error": "out of rows"}\', flush=True); input()', "out of rows"),
+        (
+            'input(); print(\'{"error": "out of rows", "number": 1}\', flush=True); input()',
+            "the worker: out of rows",
+        ),
+        ("input(); print('noise', flush=True); input()", "answered b'noise'; allowed: a JSON"),
+        ("input(); print(5, flush=True); input()", "answered b'5'; allowed"),
+        ("input(); print('[\"error\"]', flush=True); input()", "answered b'.\"error\".'; allowed"),
+        ("input(); print('{\"number\": 7}', flush=True); input()", "the request's number, 1"),
         ("import time; time.sleep(60)", "no answer in 1 seconds"),
     ],
 )
@@ -33,6 +40,22 @@ def test_worker_that_fails_says_why(code: str, message: str) -> None:
     with pytest.raises(WorkerError, match=message):
         worker.ask(1 if "sleep" in code else 30, do="x")
     worker._process.kill()
+    worker.close()
+
+
+def test_a_late_answer_is_nobodys() -> None:
+    """After a timeout the worker has ended: the next request gets no answer of the first."""
+    worker = python_worker(
+        "import sys, time\n"
+        "for line in sys.stdin:\n"
+        "    time.sleep(2 if 'slow' in line else 0)\n"
+        "    print(line, end='', flush=True)"
+    )
+    assert worker.ask(30, do="start") == {"do": "start"}
+    with pytest.raises(WorkerError, match="no answer in 0 seconds"):
+        worker.ask(0.2, do="slow")
+    with pytest.raises(WorkerError, match="ended with SIGKILL"):
+        worker.ask(30, do="next")
     worker.close()
 
 

@@ -46,6 +46,9 @@ class PlayedEngine(Engine):
     def tokens(self) -> list[list[int]]:
         return [[1, 2], [3, 4]]
 
+    def empty(self) -> None:
+        self.asked.append((self.title, "empty"))
+
     def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
         raise NotImplementedError
 
@@ -70,7 +73,8 @@ def test_engines_are_stepped_in_turns(played: type[PlayedEngine]) -> None:
     report = step.run(OPTIONS)
     assert report.failures == []
     turns = [name for name, action in played.asked if action == "steps"]
-    assert turns == ["BMC", "CPU_ATTN", "BMC", "CPU_ATTN", "CPU_ATTN", "BMC"]
+    # Warm steps, then two rounds of turns: the steps that wake, and those that are timed.
+    assert turns == ["BMC", "CPU_ATTN", *["BMC"] * 2, *["CPU_ATTN"] * 4, *["BMC"] * 2]
     assert set(played.asked[-2:]) == {("BMC", "close"), ("CPU_ATTN", "close")}
     ours, theirs = report.rows
     assert ours.timing.calls == theirs.timing.calls == 6
@@ -110,6 +114,32 @@ def test_document_and_table(played: type[PlayedEngine]) -> None:
 def test_wrong_logits_make_the_run_fail(played: type[PlayedEngine], change, message) -> None:
     played.played_logits["BMC"] = change(played.played_logits["CPU_ATTN"])
     assert any(message in failure for failure in step.run(OPTIONS).failures)
+
+
+def test_logits_after_the_turns_are_compared(
+    played: type[PlayedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the sequences that have the same tokens until there."""
+
+    def logits(self) -> torch.Tensor:
+        found = self.played_logits[self.title].clone()
+        if self.title == "BMC" and self.asked.count(("BMC", "steps")) > 1:
+            found[1] *= 2
+        return found
+
+    monkeypatch.setattr(PlayedEngine, "logits", logits)
+    report = step.run(OPTIONS)
+    assert "after the turns" in report.failures[0]
+    assert report.rows[0].logits_error == 0
+    tokens = {"BMC": [[1, 2], [3, 5]], "CPU_ATTN": [[1, 2], [3, 4]]}
+    monkeypatch.setattr(PlayedEngine, "tokens", lambda self: tokens[self.title])
+    played.asked.clear()
+    assert step.run(OPTIONS).failures == [], "the second sequence went another way"
+    tokens["BMC"][0] = [9, 9]
+    played.asked.clear()
+    report = step.run(OPTIONS)
+    assert report.failures == []
+    assert "no sequence has CPU_ATTN's tokens" in report.missing[0]
 
 
 def test_engines_are_closed_after_an_error(played: type[PlayedEngine]) -> None:
