@@ -21,7 +21,7 @@ from benchmarks.kernel.goals import GOALS, Comparison, compare, judge
 from benchmarks.kernel.inputs import Inputs
 from benchmarks.kernel.operators import BMC, Arena, CPUAttn, Operator, Sdpa, SlabPool, Trial
 from benchmarks.kernel.rows import Row
-from benchmarks.lib.ceilings import LARGEST_PRODUCT, MIN_READ_BYTES, Ceilings, threads_set
+from benchmarks.lib.ceilings import LARGEST_PRODUCT, Ceilings, read_bytes_for, threads_set
 from benchmarks.lib.goals import Goal, Verdict
 from benchmarks.lib.record import Machine, Record, Recorder
 from benchmarks.lib.timing import Budget, Timing, alternate
@@ -122,7 +122,7 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
     notes: list[str] = []
     count = 4 if options.pace_python else 3
     target = options.sets_bytes or sets_target(recorder.machine, count, notes)
-    read_bytes = options.read_bytes or max(MIN_READ_BYTES, target)
+    read_bytes = options.read_bytes or read_bytes_for(recorder.machine)
     ceilings = Ceilings(read_bytes, gemm_size=options.gemm_size)
     with contextlib.ExitStack() as stack:
         if options.isa is not None:

@@ -18,9 +18,13 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.lib.record import Machine
 from bmc_core.machine.memory import prefer_huge_pages
 
+READS_OVER_L3 = 4
 MIN_READ_BYTES = 512 << 20
+READ_MEMORY_SHARE = 0.25
+"""Share of the available memory that the buffer of the bandwidth measurement may take."""
 SMALLEST_PRODUCT, LARGEST_PRODUCT = 64, 4096
 """Side of the square matrix in a product."""
 PRODUCT_SECONDS = 1.0
@@ -224,3 +228,15 @@ class Ceilings:
     def floor(self, num_bytes: float, flops: float, threads: int, dtype: str) -> Floor:
         """Of a call on `threads` threads; see `floor`."""
         return floor(num_bytes, flops, self.read(threads).rate, self.gemm(threads, dtype).rate)
+
+
+def read_bytes_for(machine: Machine) -> int:
+    """Bytes of the buffer to read: several L3 caches, so that none of them holds it, as far as
+    memory allows."""
+    wanted = max(MIN_READ_BYTES, READS_OVER_L3 * machine.l3_bytes)
+    return min(wanted, int(READ_MEMORY_SHARE * machine.available_bytes))
+
+
+def ceilings_of(machine: Machine) -> Ceilings:
+    """Of the machine that this process runs on, measured when first asked for."""
+    return Ceilings(read_bytes_for(machine))

@@ -9,11 +9,13 @@ from benchmarks.lib.ceilings import (
     Ceiling,
     Ceilings,
     Floor,
+    ceilings_of,
     floor,
     gemm_rate,
     read_methods,
     threads_set,
 )
+from benchmarks.lib.record import describe
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -31,6 +33,14 @@ def test_ceilings_are_positive_and_kept() -> None:
     ceilings.measure_again()
     assert ceilings.read(1).rate >= before.rate
     assert torch.get_num_threads() == threads
+
+
+def test_what_is_read_exceeds_the_caches_as_far_as_memory_allows() -> None:
+    machine = describe()._replace(l3_bytes=32 << 20, available_bytes=64 << 30)
+    assert ceilings_of(machine).read_bytes == 512 << 20
+    assert ceilings_of(machine._replace(l3_bytes=1 << 30)).read_bytes == 4 << 30
+    little = machine._replace(l3_bytes=1 << 30, available_bytes=8 << 30)
+    assert ceilings_of(little).read_bytes == 2 << 30
 
 
 def test_every_way_of_reading_runs() -> None:
