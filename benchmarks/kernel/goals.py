@@ -80,6 +80,7 @@ def judge(
                     goal,
                     _value(goal, row, row.timing.ms, ours),
                     _value(goal, row, row.floor.ms, ours) if row.case.flops else None,
+                    row.floor.told,
                 )
             )
     return verdicts

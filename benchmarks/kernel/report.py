@@ -44,6 +44,7 @@ _ROW_FIELDS = (
     "gflops",
     "read_gb_s",
     "gemm_gflops",
+    "gemm_told",
     "share",
     "error",
     "ok",
@@ -58,13 +59,14 @@ def document(report: Report) -> dict[str, Any]:
     "rows": [{case, kind, batch, seq_lens, query_lens, query_heads, kv_heads, head_size, rows,
               query_rows, dtype, cache, block_size, table_factor, run_rows, planning, group,
               system, isa, threads, ms, ms_low, ms_high, ms_min, spread, calls, sets, set_bytes,
-              kv_bytes, flops, gb_s, gflops, read_gb_s, gemm_gflops, floor_ms, floor_binds, share,
-              error, ok, ratios}],
+              kv_bytes, flops, gb_s, gflops, read_gb_s, gemm_gflops, gemm_told, floor_ms,
+              floor_binds, share, error, ok, ratios}],
     "comparisons": [{group, system, cases, ms, ms_min, spread, spread_min}]
 
     ms is the median, ms_low and ms_high are the quartiles, spread is their distance over the
     median. floor_ms is what reading K and V, or the products, takes at the ceilings, floor_binds
-    which of the two ("reads", "products"). share is of the ceiling that figures of this kind of
+    which of the two ("reads", "products"); gemm_told is false where gemm_gflops is only of small
+    products. share is of the ceiling that figures of this kind of
     case are held against (null for a write); ratios are a peer's median over this row's.
     """
     options = report.options

@@ -22,7 +22,7 @@ from benchmarks.kernel.inputs import Inputs
 from benchmarks.kernel.operators import BMC, Arena, CPUAttn, Operator, Sdpa, SlabPool, Trial
 from benchmarks.kernel.rows import Row
 from benchmarks.lib.ceilings import LARGEST_PRODUCT, Ceilings, read_bytes_for, threads_set
-from benchmarks.lib.goals import Goal, Verdict
+from benchmarks.lib.goals import Goal, Verdict, under_load
 from benchmarks.lib.record import Machine, Record, Recorder
 from benchmarks.lib.timing import Budget, Timing, alternate
 from benchmarks.lib.worker_client import WorkerError
@@ -140,13 +140,15 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
         session.measure(budget)
         for operator in operators:
             operator.close()
-        tell("read bandwidth again", 1.0)
+        tell("read bandwidth and GEMM rate again", 1.0)
         ceilings.measure_again()
         record = recorder.record(_peer_isa(operators))
     rows = [row.under(ceilings) for row in session.rows]
     notes += _notes(options, record, ceilings)
     comparisons = compare(rows)
-    verdicts = judge(rows, comparisons, record.isas, options.goals)
+    verdicts = under_load(
+        judge(rows, comparisons, record.isas, options.goals), record.machine.others
+    )
     return Report(
         record,
         options,
@@ -177,7 +179,9 @@ def _notes(options: Options, record: Record, ceilings: Ceilings) -> list[str]:
     notes.append(f"Read bandwidth: {read.rate:.1f} GB/s by {read.method}.")
     for dtype in dict.fromkeys(case.dtype for case in options.cases):
         ceiling = ceilings.gemm(options.threads, dtype)
-        notes.append(f"GEMM, {dtype}: {ceiling.rate:.0f} GFLOP/s at {ceiling.method}.")
+        doubt = "" if ceiling.told else "; larger ones took too long to tell more"
+        rate = f"{ceiling.rate:.0f}" if ceiling.rate >= 10 else f"{ceiling.rate:.2g}"
+        notes.append(f"GEMM, {dtype}: {rate} GFLOP/s at {ceiling.method}{doubt}.")
     return notes
 
 

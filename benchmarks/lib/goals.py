@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.lib.instruction_sets import InstructionSets
+from bmc_core.machine.load import BUSY
 
 METRICS = {
     "ratio": "{sign} {bound:.3g}x as fast as {against}",
@@ -84,12 +85,14 @@ class Verdict(NamedTuple):
         case: name, more exact than the goal's where that holds for several.
         value: measured; None: it was not.
         at_floor: the best value that the floor leaves here; None: the floor says nothing of it.
+        floor_told: whether the floor is known; a disturbed one is too high.
     """
 
     case: str
     goal: Goal
     value: float | None
     at_floor: float | None = None
+    floor_told: bool = True
 
     @property
     def met(self) -> bool | None:
@@ -97,7 +100,16 @@ class Verdict(NamedTuple):
 
     @property
     def below_floor(self) -> bool:
-        """Whether no code whatever could meet it here."""
+        """Whether no code whatever could meet it here; never where the floor is not told."""
+        return self.floor_told and self._beyond
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it would be below a floor that is not told."""
+        return not self.floor_told and self._beyond
+
+    @property
+    def _beyond(self) -> bool:
         return self.at_floor is not None and not self.goal.met_by(self.at_floor)
 
 
@@ -142,9 +154,16 @@ def holding(goals: Iterable[Goal], isas: InstructionSets) -> list[Goal]:
     return [goal for goal in goals if goal.holds_for(isas)]
 
 
+def under_load(verdicts: Iterable[Verdict], others: float | None) -> list[Verdict]:
+    """The verdicts of a run in which other processes took `others` of the cores (None: not told):
+    from `BUSY` on, ceilings are too low and floors too high to say what no code could reach."""
+    disturbed = others is not None and others > BUSY
+    return [v._replace(floor_told=v.floor_told and not disturbed) for v in verdicts]
+
+
 def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """[{case, goal, system, metric, bound, at_most, against, ours, theirs, source, value,
-    at_floor, below_floor, met}]"""
+    at_floor, floor_told, below_floor, met}]"""
     return [
         {
             "case": verdict.case,
@@ -156,6 +175,7 @@ def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
             **{name: getattr(verdict.goal, name) for name in ("ours", "theirs", "source")},
             "value": verdict.value,
             "at_floor": verdict.at_floor,
+            "floor_told": verdict.floor_told,
             "below_floor": verdict.below_floor,
             "met": verdict.met,
         }
@@ -166,6 +186,8 @@ def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 def _mark(verdict: Verdict) -> str:
     if verdict.below_floor and not verdict.met:
         return f"[red]below the floor here: {verdict.at_floor:.3g} at best[/]"
+    if verdict.doubtful and verdict.met is False:
+        return "[yellow]not met[/], the floor here is not told"
     return {True: "[green]met[/]", False: "[yellow]not met[/]", None: "not measured"}[verdict.met]
 
 

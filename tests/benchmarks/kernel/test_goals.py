@@ -51,6 +51,10 @@ def test_goals_are_judged(report: Report) -> None:
     assert met["width", "spread"] is True
     assert len([v for v in report.verdicts if v.case == "width"]) == 1
     beyond = {(v.case, v.goal.metric): v.below_floor for v in report.verdicts}
+    assert not any(beyond.values()), "products of 128 x 128 tell no floor"
+    rows = [row._replace(gemm_told=True) for row in report.rows]
+    told = judge(rows, report.comparisons, ANY, report.options.goals)
+    beyond = {(v.case, v.goal.metric): v.below_floor for v in told}
     assert beyond["decode", "ratio"], "a thousand million times as fast"
     assert not beyond["decode", "read_share"]
     assert not beyond["write", "cost"]
@@ -85,7 +89,7 @@ def test_goals_of_a_faster_machine_are_marked(
     """32 query heads on one KV head are bound by products where there is no AMX."""
     (case,) = (case for case in cases.quick_cases() if case.name == name)
     ours = next(row for row in report.rows if row.system == "bmc")
-    row = ours._replace(case=case, read_gb_s=40.0, gemm_gflops=gemm_gflops)
+    row = ours._replace(case=case, read_gb_s=40.0, gemm_gflops=gemm_gflops, gemm_told=True)
     zen = InstructionSets("avx512_bf16", "avx512_bf16")
     verdicts = [v for v in judge([row], [], zen, GOALS) if v.goal.metric == metric]
     assert [v.below_floor for v in verdicts] == [below]
