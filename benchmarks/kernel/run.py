@@ -21,10 +21,11 @@ from benchmarks.kernel.goals import GOALS, Comparison, compare, judge
 from benchmarks.kernel.inputs import Inputs
 from benchmarks.kernel.operators import BMC, Arena, CPUAttn, Operator, Sdpa, SlabPool, Trial
 from benchmarks.kernel.rows import Row
+from benchmarks.lib.answers import largest_error
 from benchmarks.lib.ceilings import LARGEST_PRODUCT, Ceilings, read_bytes_for, threads_set
 from benchmarks.lib.goals import Goal, Verdict, under_load
 from benchmarks.lib.record import Machine, Record, Recorder
-from benchmarks.lib.timing import Budget, Timing, alternate
+from benchmarks.lib.timing import Budget, Timing, TrialError, alternate
 from benchmarks.lib.worker_client import WorkerError
 from bmc_core import native
 from bmc_core.costs.measure import Progress
@@ -63,7 +64,7 @@ class Options:
 
 class Report(NamedTuple):
     """All that a run found out. `notes`: on the run as a whole; `remarks`: on single cases;
-    `missing`: cases that were not measured."""
+    `missing`: cases, or peers on a case, that were not measured."""
 
     record: Record
     options: Options
@@ -216,26 +217,48 @@ class _Session:
         text = cases[0].group or cases[0].name
         self.tell(f"{text}: preparing", done)
         prepared = self._prepare(cases)
-        trials = [trial for _, trial, _ in prepared]
         for operator in self.operators:
             same = [trial for other, trial, _ in prepared if other is operator]
             for place, trial in enumerate(same):
                 trial.first_set = place * trial.sets // len(same)
-        timings = alternate(
-            trials,
-            self.options.seconds * max(1.0, len(cases) / 2),
-            min_rounds=self.options.min_rounds,
-            # Shared out now: what was slow to prepare is timed as often as the others.
-            limit=budget.part(count - number),
-            tick=lambda fraction: self.tell(text, done + fraction / count),
-        )
-        # What was right before may have been spoiled since: the larger error counts.
-        errors = [max(error, trial.check()) for _, trial, error in prepared]
+        # Shared out now: what was slow to prepare is timed as often as the others.
+        limit = budget.part(count - number)
+        timings: list[Timing] = []
+        while prepared and not timings:
+            try:
+                timings = alternate(
+                    [trial for _, trial, _ in prepared],
+                    self.options.seconds * max(1.0, len(cases) / 2),
+                    min_rounds=self.options.min_rounds,
+                    limit=limit,
+                    tick=lambda fraction: self.tell(text, done + fraction / count),
+                )
+            except TrialError as error:  # the others once more, without it
+                operator, trial, _ = prepared.pop(error.place)
+                self._cannot(operator, trial.case, error.problem)
+        self._rows(self._checked(prepared, timings))
+
+    def _checked(
+        self, prepared: Sequence[tuple[Operator, Trial, float]], timings: Sequence[Timing]
+    ) -> list[tuple[Operator, Trial, float, Timing]]:
+        """What was right before may have been spoiled since: the larger error counts."""
+        checked = []
+        for (operator, trial, error), timing in zip(prepared, timings, strict=True):
+            try:
+                again = trial.check()
+            except (RuntimeError, WorkerError) as problem:
+                self._cannot(operator, trial.case, problem)
+                continue
+            checked.append((operator, trial, largest_error(error, again), timing))
+        return checked
+
+    def _rows(self, timed: Sequence[tuple[Operator, Trial, float, Timing]]) -> None:
+        """The rows of a batch, each beside the others on its case."""
         torch.set_num_threads(self.options.threads)
-        medians: dict[str, dict[str, float]] = {case.name: {} for case in cases}
-        for (operator, trial, _), timing in zip(prepared, timings, strict=True):
-            medians[trial.case.name][operator.title] = timing.ms
-        for (operator, trial, _), timing, error in zip(prepared, timings, errors, strict=True):
+        medians: dict[str, dict[str, float]] = {}
+        for operator, trial, _, timing in timed:
+            medians.setdefault(trial.case.name, {})[operator.title] = timing.ms
+        for operator, trial, error, timing in timed:
             peers = {
                 title: ms / timing.ms
                 for title, ms in medians[trial.case.name].items()
@@ -269,9 +292,10 @@ class _Session:
         return prepared
 
     def _cannot(self, operator: Operator, case: Case, problem: Exception) -> None:
-        """A peer may refuse a shape; BMC may not."""
-        text = f"{case.name}: {operator.title} fails: {str(problem).splitlines()[0]}"
-        (self.failures if operator.name == BMC.name else self.remarks).append(text)
+        """A peer may refuse a shape, or end; BMC may not."""
+        why = (str(problem) or type(problem).__name__).splitlines()[0]
+        text = f"{case.name}: {operator.title} fails: {why}"
+        (self.failures if operator.name == BMC.name else self.missing).append(text)
 
     def _row(
         self,
