@@ -89,6 +89,7 @@ def command(
         count,
         SECONDS[cases] if seconds is None else seconds,
         limit=QUICK_SECONDS if cases is Cases.quick else None,
+        selection=run.Selection(cases.value, only, dtype.value if dtype else None),
         isa=isa,
         pace_python=pace_python,
     )

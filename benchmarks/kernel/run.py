@@ -24,6 +24,7 @@ from benchmarks.kernel.rows import Row
 from benchmarks.lib.answers import largest_error
 from benchmarks.lib.ceilings import LARGEST_PRODUCT, Ceilings, read_bytes_for, threads_set
 from benchmarks.lib.goals import Goal, Verdict, under_load
+from benchmarks.lib.instruction_sets import best_of_machine
 from benchmarks.lib.record import Machine, Record, Recorder
 from benchmarks.lib.timing import Budget, Timing, TrialError, alternate
 from benchmarks.lib.worker_client import WorkerError
@@ -36,6 +37,17 @@ MEMORY_SHARE = 0.5
 OUT_OF_TIME = "the quick list's seconds are over; --cases full has no limit"
 
 
+class Selection(NamedTuple):
+    """The options that the cases were chosen by."""
+
+    cases: str = "quick"
+    only: str | None = None
+    dtype: str | None = None
+
+
+QUICK = Selection()
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """A run.
@@ -43,6 +55,7 @@ class Options:
     Attributes:
         seconds: time budget of one case, all operators together.
         limit: seconds of the whole run, so that the later cases get less, or nothing; None: none.
+        selection: how `cases` were chosen, for the record.
         isa: instruction set forced on BMC and CPU_ATTN.
         sets_bytes, read_bytes, gemm_size: override what follows from the L3 cache, for tests, as
             do `goals` the file's, and `clock` the limit's.
@@ -53,6 +66,7 @@ class Options:
     seconds: float = 3.0
     min_rounds: int = 5
     limit: float | None = None
+    selection: Selection = QUICK
     isa: str | None = None
     pace_python: Path | None = None
     sets_bytes: int | None = None
@@ -130,6 +144,12 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
             stack.enter_context(native.forced_isa(options.isa))
             if options.isa == "portable":
                 notes.append("CPU_ATTN has no portable build: its AVX2 build is timed.")
+            best = best_of_machine()
+            if options.isa != best:
+                notes.append(
+                    f"The ceiling of products is torch's, which uses {best}, not {options.isa}: "
+                    "shares of it are small, and no code without those instructions reaches it."
+                )
         stack.enter_context(threads_set(options.threads))
         tell("read bandwidth and GEMM rate", 0.0)
         for case in options.cases:
@@ -236,6 +256,11 @@ class _Session:
             except TrialError as error:  # the others once more, without it
                 operator, trial, _ = prepared.pop(error.place)
                 self._cannot(operator, trial.case, error.problem)
+        for case in cases:
+            calls = [t.calls for t, p in zip(timings, prepared, strict=True) if p[1].case is case]
+            if calls and min(calls) < self.options.min_rounds:
+                rounds = f"{min(calls)} of {self.options.min_rounds} rounds"
+                self.missing.append(f"{case.name}: only {rounds}: {OUT_OF_TIME}")
         self._rows(self._checked(prepared, timings))
 
     def _checked(

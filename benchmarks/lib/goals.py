@@ -2,7 +2,8 @@
 
 A command's `goals.toml` has tables `[[set]]`, each one claim from one place:
 
-    ours, theirs   instruction sets of both sides that it holds for; left out: any
+    ours, theirs   instruction sets of both sides that it holds for, the first of one list with the
+                   first of the other; left out: any
     source         where the figures are from
     goals          [{case, metric, at_least or at_most, against (for some metrics), system}]
 
@@ -52,7 +53,7 @@ class Goal:
         at_most: whether less is better.
         against: the peer of a ratio, the case of a cost.
         system: whose figure it is.
-        ours, theirs: instruction sets of both sides that it holds for; empty: any.
+        ours, theirs: instruction sets of both sides that it holds for, in pairs; empty: any.
         source: where the figure is from.
     """
 
@@ -67,6 +68,8 @@ class Goal:
     source: str = ""
 
     def holds_for(self, isas: InstructionSets) -> bool:
+        if self.ours and self.theirs:
+            return (isas.ours, isas.theirs) in zip(self.ours, self.theirs, strict=True)
         ours = not self.ours or isas.ours in self.ours
         return ours and (not self.theirs or isas.theirs in self.theirs)
 
@@ -86,6 +89,7 @@ class Verdict(NamedTuple):
         value: measured; None: it was not.
         at_floor: the best value that the floor leaves here; None: the floor says nothing of it.
         floor_told: whether the floor is known; a disturbed one is too high.
+        saturated: whether the machine is used to the full, so that no more than the value is asked.
     """
 
     case: str
@@ -93,10 +97,11 @@ class Verdict(NamedTuple):
     value: float | None
     at_floor: float | None = None
     floor_told: bool = True
+    saturated: bool = False
 
     @property
     def met(self) -> bool | None:
-        return None if self.value is None else self.goal.met_by(self.value)
+        return None if self.value is None else self.saturated or self.goal.met_by(self.value)
 
     @property
     def below_floor(self) -> bool:
@@ -126,6 +131,11 @@ def load(path: Path) -> list[Goal]:
             raise ValueError(
                 f"{path.name}: a set has {sorted(claim)}; allowed: ours, theirs, "
                 "source (never empty) and goals"
+            )
+        ours, theirs = claim.get("ours", ()), claim.get("theirs", ())
+        if ours and theirs and len(ours) != len(theirs):
+            raise ValueError(
+                f"{path.name}: ours is {ours} and theirs {theirs}; allowed: pairs, as many in both"
             )
         shared = {
             "ours": tuple(claim.get("ours", ())),
@@ -163,7 +173,7 @@ def under_load(verdicts: Iterable[Verdict], others: float | None) -> list[Verdic
 
 def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """[{case, goal, system, metric, bound, at_most, against, ours, theirs, source, value,
-    at_floor, floor_told, below_floor, met}]"""
+    at_floor, floor_told, saturated, below_floor, met}]"""
     return [
         {
             "case": verdict.case,
@@ -176,6 +186,7 @@ def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
             "value": verdict.value,
             "at_floor": verdict.at_floor,
             "floor_told": verdict.floor_told,
+            "saturated": verdict.saturated,
             "below_floor": verdict.below_floor,
             "met": verdict.met,
         }

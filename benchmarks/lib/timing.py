@@ -24,6 +24,10 @@ SETTLE_SECONDS = 0.02
 WAKE_SECONDS = 0.01
 
 
+FEW_CALLS = 5
+"""Below it a median and a spread say nothing of the next run."""
+
+
 class Timing(NamedTuple):
     """Milliseconds per call.
 
@@ -41,18 +45,23 @@ class Timing(NamedTuple):
     calls: int
 
     @property
+    def told(self) -> bool:
+        """Whether there were enough calls to speak of a spread, or of a goal as met."""
+        return self.calls >= FEW_CALLS
+
+    @property
     def spread(self) -> float:
         """Distance of the quartiles over the median."""
         return (self.high - self.low) / self.ms
 
-    def document(self, counted: str) -> dict[str, float]:
-        """Fields of a row; `counted` names what was timed."""
+    def document(self, counted: str) -> dict[str, float | None]:
+        """Fields of a row; `counted` names what was timed. The spread of few calls is null."""
         return {
             "ms": self.ms,
             "ms_low": self.low,
             "ms_high": self.high,
             "ms_min": self.best,
-            "spread": self.spread,
+            "spread": self.spread if self.told else None,
             counted: self.calls,
         }
 

@@ -64,10 +64,14 @@ def test_a_quick_run_ends_in_time_by_construction() -> None:
         patch.setattr(bmc.BMC, "prepare", prepare)
         report = tiny_run(cases, limit=80.0, clock=clock)
     assert calls == ["first", "second"]
-    assert [text.split(":")[0] for text in report.missing] == ["third", "fourth"]
-    assert "--cases full" in report.missing[0]
+    assert [text.split(":")[0] for text in report.missing] == ["second", "third", "fourth"]
+    assert "only 1 of 5 rounds" in report.missing[0]
+    assert all("--cases full" in text for text in report.missing)
     rounds = {row.case.name: row.timing.calls for row in report.rows}
-    assert rounds == {"first": 3, "second": 1}, "what is prepared late is timed once"
+    assert rounds == {"first": 5, "second": 1}, "what is prepared late is timed once"
+    spreads = {row["case"]: row["spread"] for row in document(report)["rows"]}
+    assert spreads["first"] is not None
+    assert spreads["second"] is None, "one call has no spread"
 
 
 def test_goals_are_shown_only_when_asked(report: Report) -> None:
@@ -95,6 +99,10 @@ def test_json_has_the_fields_of_the_schema(report: Report, tmp_path: Path) -> No
     }
     assert len(found["rows"]) == len(report.rows)
     assert set(found["versions"]) >= {"torch", "vllm", "bmc"}
+    assert found["settings"] == {
+        **{"cases": "quick", "only": None, "dtype": None, "limit": None, "pace_python": None},
+        **{"threads": 2, "seconds": 0.0, "isa": None},
+    }
     assert found["instruction_sets"]["ours"] == native.isa()
     for row in found["rows"]:
         for name in ("ms", "ms_min", "spread", "gb_s", "read_gb_s", "gemm_gflops", "error"):
@@ -205,7 +213,7 @@ class DyingPeer(sdpa.Sdpa):
         return trial
 
 
-@pytest.mark.parametrize("calls", [3, 4], ids=["timed", "checked again"])
+@pytest.mark.parametrize("calls", [3, 6], ids=["timed", "checked again"])
 def test_a_peer_that_is_killed_costs_its_own_figures_only(
     monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:

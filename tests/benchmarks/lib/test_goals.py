@@ -29,6 +29,10 @@ def test_a_goal_holds_for_the_instruction_sets_of_both_sides() -> None:
     assert goals.holding([goal], ZEN) == [goal]
     assert goals.holding([goal], AMX) == []
     assert goals.holding([goal], InstructionSets("avx512_bf16", "amx_bf16")) == []
+    sets = ("avx512", "avx2")
+    pairs = Goal("x", "loss", 0.05, ours=sets, theirs=sets)
+    held = [(a, b) for a in sets for b in sets if pairs.holds_for(InstructionSets(a, b))]
+    assert held == [("avx512", "avx512"), ("avx2", "avx2")], "pairs, not every combination"
     assert goals.holding([Goal("x", "loss", 0.05)], AMX), "no sets: any machine"
 
 
@@ -38,6 +42,10 @@ def test_a_goal_holds_for_the_instruction_sets_of_both_sides() -> None:
         ("[[set]]\ngoals = []", "source"),
         ('[[set]]\nsource = ""\ngoals = []', "source"),
         ('[[set]]\nsource = "s"\nisa = ["x"]\ngoals = []', "allowed: ours, theirs"),
+        (
+            '[[set]]\nsource = "s"\nours = ["a", "b"]\ntheirs = ["a"]\ngoals = []',
+            "allowed: pairs",
+        ),
         ('{metric = "speed", case = "x", at_least = 1}', "metric is 'speed'; allowed"),
         ('{metric = "ratio", case = "x"}', "allowed: at_least or at_most"),
         ('{metric = "ratio", case = "x", at_least = 1, at_most = 2}', "at_least or at_most"),
