@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+
 import typer
 
 from benchmarks.generate import command as generate
@@ -23,5 +26,16 @@ app.command("generate")(generate.command)
 app.command("growth")(growth.command)
 app.command("model", hidden=True)(renamed(growth.command, "model", "growth"))
 
+
+def main() -> None:
+    """Ends with 4 after an exception that no command expects: Python's own 1 would say that an
+    answer was wrong."""
+    try:
+        app(prog_name="python -m benchmarks")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(4)
+
+
 if __name__ == "__main__":
-    app(prog_name="python -m benchmarks")
+    main()

@@ -70,7 +70,7 @@ def command(
 
     Each system walks over rotating sets larger than four L3 caches, after this machine's read
     bandwidth and GEMM rate were measured. Ends with 1 when an answer was wrong, 2 when an option
-    is not allowed, 3 when a system cannot run here.
+    is not allowed, 3 when a system cannot run here or nothing was measured.
     """
     require_outputs(json, plot)
     count = threads_or_cores(threads)
@@ -89,6 +89,7 @@ def command(
         count,
         SECONDS[cases] if seconds is None else seconds,
         limit=QUICK_SECONDS if cases is Cases.quick else None,
+        selection=run.Selection(cases.value, only, dtype.value if dtype else None),
         isa=isa,
         pace_python=pace_python,
     )
@@ -102,6 +103,7 @@ def command(
         lambda: report.document(found),
         plot,
         lambda path: roofline.draw(found.rows, path),
+        measured=bool(found.rows),
     )
 
 

@@ -62,16 +62,18 @@ def judge(
     isas: InstructionSets,
     goals: Sequence[Goal],
 ) -> list[Verdict]:
-    """Every goal that holds for both sides' instruction sets and names a case, or a group, that
-    BMC was timed on."""
-    ours = {row.case.name: row for row in rows if row.system == OURS}
-    groups = {c.group: c for c in comparisons if c.system == OURS}
+    """Every goal that holds for both sides' instruction sets; without a value where BMC was not
+    timed on its case or group, or in few calls only."""
+    ours = {row.case.name: row for row in rows if row.system == OURS and row.timing.told}
+    groups = {
+        c.group: c for c in comparisons if c.system == OURS and all(n in ours for n in c.names)
+    }
     verdicts: list[Verdict] = []
     for goal in holding(goals, isas):
         if goal.metric == "spread" and goal.case in groups:
             verdicts.append(Verdict(goal.case, goal, groups[goal.case].spread))
         elif goal.metric == "efficiency":
-            verdicts += _efficiencies(goal, ours)
+            verdicts += _efficiencies(goal, ours) or [Verdict(goal.case, goal, None)]
         elif goal.case in ours:
             row = ours[goal.case]
             verdicts.append(
@@ -80,8 +82,11 @@ def judge(
                     goal,
                     _value(goal, row, row.timing.ms, ours),
                     _value(goal, row, row.floor.ms, ours) if row.case.flops else None,
+                    row.floor.told,
                 )
             )
+        else:
+            verdicts.append(Verdict(goal.case, goal, None))
     return verdicts
 
 
@@ -111,10 +116,7 @@ def _efficiencies(goal: Goal, ours: dict[str, Row]) -> list[Verdict]:
     for row in rows:
         if row.threads == 1:
             continue
-        value = None
-        if alone is not None:
-            value = alone.timing.ms / (row.threads * row.timing.ms)
-            if row.case.reads_bound and row.gb_s / row.read_gb_s >= EFFICIENT_READ_SHARE:
-                value = max(value, goal.bound)  # the bandwidth is reached
-        verdicts.append(Verdict(row.case.name, goal, value))
+        value = None if alone is None else alone.timing.ms / (row.threads * row.timing.ms)
+        full = row.case.reads_bound and row.gb_s / row.read_gb_s >= EFFICIENT_READ_SHARE
+        verdicts.append(Verdict(row.case.name, goal, value, saturated=full))
     return verdicts

@@ -44,6 +44,7 @@ _ROW_FIELDS = (
     "gflops",
     "read_gb_s",
     "gemm_gflops",
+    "gemm_told",
     "share",
     "error",
     "ok",
@@ -54,24 +55,33 @@ _ROW_FIELDS = (
 def document(report: Report) -> dict[str, Any]:
     """The run as plain data: the head of `lib/record.py`, and
 
-    "settings": {threads, seconds, isa}, "notes": [text], "remarks": [text],
+    "settings": {cases, only, dtype, threads, seconds, limit, isa, pace_python},
+    "notes": [text], "remarks": [text],
     "rows": [{case, kind, batch, seq_lens, query_lens, query_heads, kv_heads, head_size, rows,
               query_rows, dtype, cache, block_size, table_factor, run_rows, planning, group,
               system, isa, threads, ms, ms_low, ms_high, ms_min, spread, calls, sets, set_bytes,
-              kv_bytes, flops, gb_s, gflops, read_gb_s, gemm_gflops, floor_ms, floor_binds, share,
-              error, ok, ratios}],
+              kv_bytes, flops, gb_s, gflops, read_gb_s, gemm_gflops, gemm_told, floor_ms,
+              floor_binds, share, error, ok, ratios}],
     "comparisons": [{group, system, cases, ms, ms_min, spread, spread_min}]
 
     ms is the median, ms_low and ms_high are the quartiles, spread is their distance over the
-    median. floor_ms is what reading K and V, or the products, takes at the ceilings, floor_binds
-    which of the two ("reads", "products"). share is of the ceiling that figures of this kind of
+    median (null below five calls). floor_ms is what reading K and V, or the products, takes at the
+    ceilings, floor_binds which of the two ("reads", "products"); gemm_told is false where
+    gemm_gflops is only of small products. share is of the ceiling that figures of this kind of
     case are held against (null for a write); ratios are a peer's median over this row's.
     """
     options = report.options
     return record.document(
         "kernel",
         report.record,
-        {"threads": options.threads, "seconds": options.seconds, "isa": options.isa},
+        {
+            **options.selection._asdict(),
+            "threads": options.threads,
+            "seconds": options.seconds,
+            "limit": options.limit,
+            "isa": options.isa,
+            "pace_python": options.pace_python and str(options.pace_python),
+        },
         failures=report.failures,
         missing=report.missing,
         goals=goals.document(report.verdicts),
@@ -146,7 +156,7 @@ def kernel_table(rows: list[Row]) -> Table:
             row.title,
             _milliseconds(row.timing.ms),
             str(row.floor) if first else "",
-            f"{row.timing.spread:.0%}",
+            f"{row.timing.spread:.0%}" if row.timing.told else "few calls",
             _rate(row),
             "" if row.share is None else f"{row.share:.0%}",
             *ratios,
@@ -192,7 +202,9 @@ def show(report: Report, console: Console, with_goals: bool = False) -> None:
     if report.comparisons:
         console.print(comparison_table(report.comparisons))
     if with_goals:
-        goals.show(report.verdicts, report.record.isas, console)
+        asked = {name for case in report.options.cases for name in (case.name, case.group)}
+        shown = [v for v in report.verdicts if v.goal.case in asked]
+        goals.show(shown, report.record.isas, console)
     for text in report.missing:
         console.print(f"not measured: {text}", highlight=False, markup=False)
     for text in report.failures:

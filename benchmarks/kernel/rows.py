@@ -20,7 +20,8 @@ class Row(NamedTuple):
         sets: rotating sets.
         error: relative to the float32 reference, the larger of before and after; `ok`: allowed.
         ratios: title of a peer -> its median over this one's.
-        read_gb_s, gemm_gflops: ceilings at the same threads (and dtype).
+        read_gb_s, gemm_gflops: ceilings at the same threads (and dtype); `gemm_told`: whether the
+            second says what the machine can do.
     """
 
     case: Case
@@ -35,12 +36,15 @@ class Row(NamedTuple):
     ratios: dict[str, float]
     read_gb_s: float = 0.0
     gemm_gflops: float = 0.0
+    gemm_told: bool = True
 
     def under(self, ceilings: Ceilings) -> Row:
         """The same row under those ceilings."""
+        gemm = ceilings.gemm(self.threads, self.case.dtype)
         return self._replace(
             read_gb_s=ceilings.read(self.threads).rate,
-            gemm_gflops=ceilings.gemm(self.threads, self.case.dtype).rate,
+            gemm_gflops=gemm.rate,
+            gemm_told=gemm.told,
         )
 
     @property
@@ -61,7 +65,8 @@ class Row(NamedTuple):
     @property
     def floor(self) -> Floor:
         """What the case takes at least here; a write is held against the read bandwidth."""
-        return floor(self.case.kv_bytes, self.case.flops, self.read_gb_s, self.gemm_gflops)
+        rates = (self.read_gb_s, self.gemm_gflops, self.gemm_told)
+        return floor(self.case.kv_bytes, self.case.flops, *rates)
 
     @property
     def share(self) -> float | None:

@@ -21,10 +21,12 @@ from benchmarks.kernel.goals import GOALS, Comparison, compare, judge
 from benchmarks.kernel.inputs import Inputs
 from benchmarks.kernel.operators import BMC, Arena, CPUAttn, Operator, Sdpa, SlabPool, Trial
 from benchmarks.kernel.rows import Row
-from benchmarks.lib.ceilings import LARGEST_PRODUCT, MIN_READ_BYTES, Ceilings, threads_set
-from benchmarks.lib.goals import Goal, Verdict
+from benchmarks.lib.answers import largest_error
+from benchmarks.lib.ceilings import LARGEST_PRODUCT, Ceilings, read_bytes_for, threads_set
+from benchmarks.lib.goals import Goal, Verdict, under_load
+from benchmarks.lib.instruction_sets import best_of_machine
 from benchmarks.lib.record import Machine, Record, Recorder
-from benchmarks.lib.timing import Budget, Timing, alternate
+from benchmarks.lib.timing import Budget, Timing, TrialError, alternate
 from benchmarks.lib.worker_client import WorkerError
 from bmc_core import native
 from bmc_core.costs.measure import Progress
@@ -35,6 +37,17 @@ MEMORY_SHARE = 0.5
 OUT_OF_TIME = "the quick list's seconds are over; --cases full has no limit"
 
 
+class Selection(NamedTuple):
+    """The options that the cases were chosen by."""
+
+    cases: str = "quick"
+    only: str | None = None
+    dtype: str | None = None
+
+
+QUICK = Selection()
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """A run.
@@ -42,6 +55,7 @@ class Options:
     Attributes:
         seconds: time budget of one case, all operators together.
         limit: seconds of the whole run, so that the later cases get less, or nothing; None: none.
+        selection: how `cases` were chosen, for the record.
         isa: instruction set forced on BMC and CPU_ATTN.
         sets_bytes, read_bytes, gemm_size: override what follows from the L3 cache, for tests, as
             do `goals` the file's, and `clock` the limit's.
@@ -52,6 +66,7 @@ class Options:
     seconds: float = 3.0
     min_rounds: int = 5
     limit: float | None = None
+    selection: Selection = QUICK
     isa: str | None = None
     pace_python: Path | None = None
     sets_bytes: int | None = None
@@ -63,7 +78,7 @@ class Options:
 
 class Report(NamedTuple):
     """All that a run found out. `notes`: on the run as a whole; `remarks`: on single cases;
-    `missing`: cases that were not measured."""
+    `missing`: cases, or peers on a case, that were not measured."""
 
     record: Record
     options: Options
@@ -122,13 +137,19 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
     notes: list[str] = []
     count = 4 if options.pace_python else 3
     target = options.sets_bytes or sets_target(recorder.machine, count, notes)
-    read_bytes = options.read_bytes or max(MIN_READ_BYTES, target)
+    read_bytes = options.read_bytes or read_bytes_for(recorder.machine)
     ceilings = Ceilings(read_bytes, gemm_size=options.gemm_size)
     with contextlib.ExitStack() as stack:
         if options.isa is not None:
             stack.enter_context(native.forced_isa(options.isa))
             if options.isa == "portable":
                 notes.append("CPU_ATTN has no portable build: its AVX2 build is timed.")
+            best = best_of_machine()
+            if options.isa != best:
+                notes.append(
+                    f"The ceiling of products is torch's, which uses {best}, not {options.isa}: "
+                    "shares of it are small, and no code without those instructions reaches it."
+                )
         stack.enter_context(threads_set(options.threads))
         tell("read bandwidth and GEMM rate", 0.0)
         for case in options.cases:
@@ -140,13 +161,15 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
         session.measure(budget)
         for operator in operators:
             operator.close()
-        tell("read bandwidth again", 1.0)
+        tell("read bandwidth and GEMM rate again", 1.0)
         ceilings.measure_again()
         record = recorder.record(_peer_isa(operators))
     rows = [row.under(ceilings) for row in session.rows]
     notes += _notes(options, record, ceilings)
     comparisons = compare(rows)
-    verdicts = judge(rows, comparisons, record.isas, options.goals)
+    verdicts = under_load(
+        judge(rows, comparisons, record.isas, options.goals), record.machine.others
+    )
     return Report(
         record,
         options,
@@ -177,7 +200,9 @@ def _notes(options: Options, record: Record, ceilings: Ceilings) -> list[str]:
     notes.append(f"Read bandwidth: {read.rate:.1f} GB/s by {read.method}.")
     for dtype in dict.fromkeys(case.dtype for case in options.cases):
         ceiling = ceilings.gemm(options.threads, dtype)
-        notes.append(f"GEMM, {dtype}: {ceiling.rate:.0f} GFLOP/s at {ceiling.method}.")
+        doubt = "" if ceiling.told else "; larger ones took too long to tell more"
+        rate = f"{ceiling.rate:.0f}" if ceiling.rate >= 10 else f"{ceiling.rate:.2g}"
+        notes.append(f"GEMM, {dtype}: {rate} GFLOP/s at {ceiling.method}{doubt}.")
     return notes
 
 
@@ -212,26 +237,53 @@ class _Session:
         text = cases[0].group or cases[0].name
         self.tell(f"{text}: preparing", done)
         prepared = self._prepare(cases)
-        trials = [trial for _, trial, _ in prepared]
         for operator in self.operators:
             same = [trial for other, trial, _ in prepared if other is operator]
             for place, trial in enumerate(same):
                 trial.first_set = place * trial.sets // len(same)
-        timings = alternate(
-            trials,
-            self.options.seconds * max(1.0, len(cases) / 2),
-            min_rounds=self.options.min_rounds,
-            # Shared out now: what was slow to prepare is timed as often as the others.
-            limit=budget.part(count - number),
-            tick=lambda fraction: self.tell(text, done + fraction / count),
-        )
-        # What was right before may have been spoiled since: the larger error counts.
-        errors = [max(error, trial.check()) for _, trial, error in prepared]
+        # Shared out now: what was slow to prepare is timed as often as the others.
+        limit = budget.part(count - number)
+        timings: list[Timing] = []
+        while prepared and not timings:
+            try:
+                timings = alternate(
+                    [trial for _, trial, _ in prepared],
+                    self.options.seconds * max(1.0, len(cases) / 2),
+                    min_rounds=self.options.min_rounds,
+                    limit=limit,
+                    tick=lambda fraction: self.tell(text, done + fraction / count),
+                )
+            except TrialError as error:  # the others once more, without it
+                operator, trial, _ = prepared.pop(error.place)
+                self._cannot(operator, trial.case, error.problem)
+        for case in cases:
+            calls = [t.calls for t, p in zip(timings, prepared, strict=True) if p[1].case is case]
+            if calls and min(calls) < self.options.min_rounds:
+                rounds = f"{min(calls)} of {self.options.min_rounds} rounds"
+                self.missing.append(f"{case.name}: only {rounds}: {OUT_OF_TIME}")
+        self._rows(self._checked(prepared, timings))
+
+    def _checked(
+        self, prepared: Sequence[tuple[Operator, Trial, float]], timings: Sequence[Timing]
+    ) -> list[tuple[Operator, Trial, float, Timing]]:
+        """What was right before may have been spoiled since: the larger error counts."""
+        checked = []
+        for (operator, trial, error), timing in zip(prepared, timings, strict=True):
+            try:
+                again = trial.check()
+            except (RuntimeError, WorkerError) as problem:
+                self._cannot(operator, trial.case, problem)
+                continue
+            checked.append((operator, trial, largest_error(error, again), timing))
+        return checked
+
+    def _rows(self, timed: Sequence[tuple[Operator, Trial, float, Timing]]) -> None:
+        """The rows of a batch, each beside the others on its case."""
         torch.set_num_threads(self.options.threads)
-        medians: dict[str, dict[str, float]] = {case.name: {} for case in cases}
-        for (operator, trial, _), timing in zip(prepared, timings, strict=True):
-            medians[trial.case.name][operator.title] = timing.ms
-        for (operator, trial, _), timing, error in zip(prepared, timings, errors, strict=True):
+        medians: dict[str, dict[str, float]] = {}
+        for operator, trial, _, timing in timed:
+            medians.setdefault(trial.case.name, {})[operator.title] = timing.ms
+        for operator, trial, error, timing in timed:
             peers = {
                 title: ms / timing.ms
                 for title, ms in medians[trial.case.name].items()
@@ -265,9 +317,10 @@ class _Session:
         return prepared
 
     def _cannot(self, operator: Operator, case: Case, problem: Exception) -> None:
-        """A peer may refuse a shape; BMC may not."""
-        text = f"{case.name}: {operator.title} fails: {str(problem).splitlines()[0]}"
-        (self.failures if operator.name == BMC.name else self.remarks).append(text)
+        """A peer may refuse a shape, or end; BMC may not."""
+        why = (str(problem) or type(problem).__name__).splitlines()[0]
+        text = f"{case.name}: {operator.title} fails: {why}"
+        (self.failures if operator.name == BMC.name else self.missing).append(text)
 
     def _row(
         self,

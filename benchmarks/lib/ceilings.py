@@ -1,8 +1,9 @@
 """What this machine can do at most: read bandwidth, rate of matrix products, and floors by them.
 
-Promises measured ceilings, in GB/s (1e9 bytes) and GFLOP/s, by the best median of several methods,
-and that a product which this machine computes slowly costs no more than about a second. Knows
-nothing of attention.
+Promises measured ceilings, in GB/s (1e9 bytes) and GFLOP/s: of reads the best median of several
+methods, of products the best call of several sizes; that a product which this machine computes
+slowly costs no more than about a second; and that a rate which says too little of the machine is
+marked so. Knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -18,22 +19,39 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.lib.record import Machine
 from bmc_core.machine.memory import prefer_huge_pages
 
+READS_OVER_L3 = 4
 MIN_READ_BYTES = 512 << 20
+READ_MEMORY_SHARE = 0.25
+"""Share of the available memory that the buffer of the bandwidth measurement may take."""
 SMALLEST_PRODUCT, LARGEST_PRODUCT = 64, 4096
 """Side of the square matrix in a product."""
 PRODUCT_SECONDS = 1.0
-"""For the products of one dtype."""
-MIN_CALLS = 3
-"""Of the product of one size: one to warm, two to time."""
+"""For the products of one dtype, what stalls them not counted."""
+STALLED_FACTOR = 3.0
+"""How many times as long it may take where they are stalled."""
+TELLING_PRODUCT = 1024
+"""Side from which a product's rate is near what the processor can do."""
+MIN_CALLS = 2
+"""Of the product of one size: one to warm, one to time."""
+BRIEF_SECONDS, BRIEF_CALLS = 0.01, 20
+"""A brief product is called until either is reached: what stalls some calls misses others."""
 
 
 class Ceiling(NamedTuple):
-    """A measured rate: GB/s or GFLOP/s, and the method that reached it."""
+    """A measured rate.
+
+    Attributes:
+        rate: GB/s or GFLOP/s.
+        method: which reached it.
+        told: whether it says what the machine can do; not where only small products were tried.
+    """
 
     rate: float
     method: str
+    told: bool = True
 
 
 class Floor(NamedTuple):
@@ -42,19 +60,29 @@ class Floor(NamedTuple):
     Attributes:
         ms: milliseconds.
         binds: "reads" or "products", whichever takes longer.
+        told: whether it is known; not where products bind whose ceiling is not.
     """
 
     ms: float
     binds: str
+    told: bool = True
 
     def __str__(self) -> str:
         return f"{self.ms:.3f} {self.binds}" if self.ms < 10 else f"{self.ms:.1f} {self.binds}"
 
 
-def floor(num_bytes: float, flops: float, read_gb_s: float, gflops: float) -> Floor:
-    """Of a call that reads so many bytes and computes so many floating-point operations."""
+def floor(
+    num_bytes: float, flops: float, read_gb_s: float, gflops: float, gflops_told: bool = True
+) -> Floor:
+    """Of a call that reads so many bytes and computes so many floating-point operations.
+
+    Args:
+        gflops_told: `Ceiling.told` of `gflops`.
+    """
     reads, products = num_bytes / read_gb_s / 1e6, flops / gflops / 1e6
-    return Floor(products, "products") if products > reads else Floor(reads, "reads")
+    if products > reads:
+        return Floor(products, "products", gflops_told)
+    return Floor(reads, "reads")
 
 
 @contextmanager
@@ -145,35 +173,58 @@ def gemm_rate(
     product: Callable[[str, int], Callable[[], object]] = torch_product,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ceiling:
-    """GFLOP/s of products in `dtype`: the best of the sizes that fit into the time.
+    """GFLOP/s of products in `dtype`: the best call of the sizes that fit into the time.
 
     A dtype for which the processor has no instruction may be a thousand times slower than another,
     so sizes grow from small ones, each eight times the work of the last, and only while the next
-    is expected to be affordable.
+    is affordable at the best rate so far. Only best calls count: small products on several threads
+    wait a thousand times their own length where another process has one of the cores.
 
     Args:
         dtype: torch's name.
         largest: side of the largest matrix.
-        rounds: timed products of one size at most.
-        seconds: for all sizes together, about.
+        rounds: timed products of one size, as far as the time allows.
+        seconds: for all calls together, about.
         product: makes the call of one size; `clock`: its seconds. For tests.
     """
     best = Ceiling(0.0, "")
-    end = clock() + seconds
+    left, end = seconds, clock() + STALLED_FACTOR * seconds
     size = SMALLEST_PRODUCT
     while True:
-        call = product(dtype, size)
+        shortest, calls = _shortest_call(product(dtype, size), rounds, left, end, clock)
+        left -= calls * shortest
+        best = max(best, Ceiling(size**3 / shortest / 1e9, f"{size // 2}x{size}x{size}"))
+        following = 2 * size
+        affordable = MIN_CALLS * following**3 / best.rate / 1e9 <= left and clock() < end
+        if following > largest or not affordable:
+            return best._replace(told=size >= TELLING_PRODUCT)
+        size = following
+
+
+def _shortest_call(
+    call: Callable[[], object],
+    rounds: int,
+    left: float,
+    end: float,
+    clock: Callable[[], float],
+) -> tuple[float, int]:
+    """Seconds of the shortest call but the first, and the number of calls.
+
+    Two are made at least; further ones only within `left` seconds, each counted as the shortest,
+    and until `end`.
+    """
+    begin = clock()
+    call()
+    shortest, calls = float("inf"), 1
+    while True:
+        start = clock()
         call()
-        taken: list[float] = []
-        while not taken or (len(taken) < rounds and clock() < end):
-            start = clock()
-            call()
-            taken.append(clock() - start)
-        median = statistics.median(taken)
-        best = max(best, Ceiling(size**3 / median / 1e9, f"{size // 2}x{size}x{size}"))
-        size *= 2
-        if size > largest or clock() + MIN_CALLS * 8 * median > end:
-            return best
+        now = clock()
+        shortest = min(shortest, now - start)
+        calls += 1
+        brief = now - begin < BRIEF_SECONDS and calls <= BRIEF_CALLS
+        if calls * shortest >= left or now >= end or (calls > rounds and not brief):
+            return shortest, calls
 
 
 class Ceilings:
@@ -202,17 +253,24 @@ class Ceilings:
         return self.reads[threads]
 
     def measure_again(self) -> None:
-        """Reads once more, after the cases: where others use the machine, the better counts."""
-        for threads, before in list(self.reads.items()):
+        """All that was measured once more, after the cases: where others use the machine, the
+        better counts."""
+        for threads, read in list(self.reads.items()):
             del self.reads[threads]
-            self.reads[threads] = max(before, self.read(threads))
+            self.reads[threads] = max(read, self.read(threads))
+        for key, gemm in list(self.gemms.items()):
+            del self.gemms[key]
+            again = self._gemm(*key)
+            self.gemms[key] = max(gemm, again)._replace(told=gemm.told or again.told)
 
     def gemm(self, threads: int, dtype: str) -> Ceiling:
         """GFLOP/s on `threads` threads. Whoever widens the operands to float32 computes the same
         products, so that no dtype has a lower ceiling than that."""
         own = self._gemm(threads, dtype)
         wide = self._gemm(threads, "float32")
-        return own if own.rate >= wide.rate else Ceiling(wide.rate, f"{wide.method}, in float32")
+        if own.rate < wide.rate:
+            return wide._replace(method=f"{wide.method}, in float32")
+        return own._replace(told=own.told and wide.told)
 
     def _gemm(self, threads: int, dtype: str) -> Ceiling:
         if (threads, dtype) not in self.gemms:
@@ -223,4 +281,17 @@ class Ceilings:
 
     def floor(self, num_bytes: float, flops: float, threads: int, dtype: str) -> Floor:
         """Of a call on `threads` threads; see `floor`."""
-        return floor(num_bytes, flops, self.read(threads).rate, self.gemm(threads, dtype).rate)
+        gemm = self.gemm(threads, dtype)
+        return floor(num_bytes, flops, self.read(threads).rate, gemm.rate, gemm.told)
+
+
+def read_bytes_for(machine: Machine) -> int:
+    """Bytes of the buffer to read: several L3 caches, so that none of them holds it, as far as
+    memory allows."""
+    wanted = max(MIN_READ_BYTES, READS_OVER_L3 * machine.l3_bytes)
+    return min(wanted, int(READ_MEMORY_SHARE * machine.available_bytes))
+
+
+def ceilings_of(machine: Machine) -> Ceilings:
+    """Of the machine that this process runs on, measured when first asked for."""
+    return Ceilings(read_bytes_for(machine))

@@ -1,7 +1,9 @@
 """What the commands have in common: options, how a run is shown, how its results leave.
 
-Promises the exit codes 1 (an answer was wrong), 2 (an option is not allowed, said before any work)
-and 3 (it cannot run here), and that importing it does not import torch. Knows no command.
+Promises the exit codes 1 (an answer was wrong), 2 (an option is not allowed, said before any work,
+or its file could not be written) and 3 (it cannot run here, or nothing could be measured); 4, a
+mistake of the benchmark itself, is `__main__`'s. Importing it does not import torch. Knows no
+command.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from bmc_core.cli.options import make_console, progress_bar, require_writable
+from bmc_core.cli.options import make_console, progress_bar, require_writable, writing
 
 if TYPE_CHECKING:
     from bmc_core.costs.measure import Progress
@@ -68,9 +70,14 @@ def console() -> Console:
     return make_console(WIDTH)
 
 
+NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""In what torch raises, a RuntimeError, where there is too little memory."""
+
+
 def cannot(shown_on: Console, error: Exception) -> typer.Exit:
     """Says why it cannot run here; to be raised."""
-    shown_on.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+    text = str(error) or type(error).__name__
+    shown_on.print(f"error: {text}", style="bold red", markup=False, highlight=False)
     return typer.Exit(3)
 
 
@@ -80,16 +87,22 @@ def run_shown(
     shown_on: Console,
     *unable: type[Exception],
 ) -> Report:
-    """A run under a progress bar; ends with 3 where it raises one of `unable`."""
+    """A run under a progress bar; ends with 3 where it raises one of `unable`, or lacks memory or
+    room on a disk."""
     with progress_bar(shown_on) as bar:
         task = bar.add_task("starting", total=1.0)
         try:
             return run(
                 options, lambda text, done: bar.update(task, description=text, completed=done)
             )
-        except unable as error:
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
             bar.stop()
-            raise cannot(shown_on, error) from None
+            lacks = isinstance(error, RuntimeError) and any(s in str(error) for s in NO_MEMORY)
+            if lacks or isinstance(error, (OSError, MemoryError, *unable)):
+                raise cannot(shown_on, error) from None
+            raise
 
 
 def hand_out(
@@ -99,8 +112,11 @@ def hand_out(
     document: Callable[[], dict[str, Any]],
     plot: Path | None = None,
     draw: Callable[[Path], object] | None = None,
+    *,
+    measured: bool = True,
 ) -> None:
-    """Writes what was asked for; ends with 1 where an answer was wrong.
+    """Writes what was asked for; ends with 1 where an answer was wrong, with 3 where nothing was
+    measured, with 2 where a file cannot be written.
 
     Args:
         document, draw: of the run; called only where their file was asked for. `draw` may raise
@@ -109,17 +125,23 @@ def hand_out(
     if json is not None:
         from benchmarks.lib.record import write
 
-        write(document(), json)
+        found = document()
+        with writing("--json", json):
+            write(found, json)
         shown_on.print(f"results: {json}", highlight=False, markup=False)
     if plot is not None and draw is not None:
         try:
-            draw(plot)
+            with writing("--plot", plot):
+                draw(plot)
         except ValueError as error:
             shown_on.print(str(error), markup=False)
         else:
             shown_on.print(f"picture: {plot}", highlight=False, markup=False)
     if failures:
         raise typer.Exit(1)
+    if not measured:
+        shown_on.print("error: nothing could be measured", style="bold red")
+        raise typer.Exit(3)
 
 
 def renamed(command: Callable[..., None], old: str, new: str) -> Callable[..., None]:

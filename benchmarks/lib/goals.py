@@ -2,7 +2,8 @@
 
 A command's `goals.toml` has tables `[[set]]`, each one claim from one place:
 
-    ours, theirs   instruction sets of both sides that it holds for; left out: any
+    ours, theirs   instruction sets of both sides that it holds for, the first of one list with the
+                   first of the other; left out: any
     source         where the figures are from
     goals          [{case, metric, at_least or at_most, against (for some metrics), system}]
 
@@ -25,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.lib.instruction_sets import InstructionSets
+from bmc_core.machine.load import BUSY
 
 METRICS = {
     "ratio": "{sign} {bound:.3g}x as fast as {against}",
@@ -51,7 +53,7 @@ class Goal:
         at_most: whether less is better.
         against: the peer of a ratio, the case of a cost.
         system: whose figure it is.
-        ours, theirs: instruction sets of both sides that it holds for; empty: any.
+        ours, theirs: instruction sets of both sides that it holds for, in pairs; empty: any.
         source: where the figure is from.
     """
 
@@ -66,6 +68,8 @@ class Goal:
     source: str = ""
 
     def holds_for(self, isas: InstructionSets) -> bool:
+        if self.ours and self.theirs:
+            return (isas.ours, isas.theirs) in zip(self.ours, self.theirs, strict=True)
         ours = not self.ours or isas.ours in self.ours
         return ours and (not self.theirs or isas.theirs in self.theirs)
 
@@ -84,20 +88,33 @@ class Verdict(NamedTuple):
         case: name, more exact than the goal's where that holds for several.
         value: measured; None: it was not.
         at_floor: the best value that the floor leaves here; None: the floor says nothing of it.
+        floor_told: whether the floor is known; a disturbed one is too high.
+        saturated: whether the machine is used to the full, so that no more than the value is asked.
     """
 
     case: str
     goal: Goal
     value: float | None
     at_floor: float | None = None
+    floor_told: bool = True
+    saturated: bool = False
 
     @property
     def met(self) -> bool | None:
-        return None if self.value is None else self.goal.met_by(self.value)
+        return None if self.value is None else self.saturated or self.goal.met_by(self.value)
 
     @property
     def below_floor(self) -> bool:
-        """Whether no code whatever could meet it here."""
+        """Whether no code whatever could meet it here; never where the floor is not told."""
+        return self.floor_told and self._beyond
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it would be below a floor that is not told."""
+        return not self.floor_told and self._beyond
+
+    @property
+    def _beyond(self) -> bool:
         return self.at_floor is not None and not self.goal.met_by(self.at_floor)
 
 
@@ -114,6 +131,11 @@ def load(path: Path) -> list[Goal]:
             raise ValueError(
                 f"{path.name}: a set has {sorted(claim)}; allowed: ours, theirs, "
                 "source (never empty) and goals"
+            )
+        ours, theirs = claim.get("ours", ()), claim.get("theirs", ())
+        if ours and theirs and len(ours) != len(theirs):
+            raise ValueError(
+                f"{path.name}: ours is {ours} and theirs {theirs}; allowed: pairs, as many in both"
             )
         shared = {
             "ours": tuple(claim.get("ours", ())),
@@ -142,9 +164,16 @@ def holding(goals: Iterable[Goal], isas: InstructionSets) -> list[Goal]:
     return [goal for goal in goals if goal.holds_for(isas)]
 
 
+def under_load(verdicts: Iterable[Verdict], others: float | None) -> list[Verdict]:
+    """The verdicts of a run in which other processes took `others` of the cores (None: not told):
+    from `BUSY` on, ceilings are too low and floors too high to say what no code could reach."""
+    disturbed = others is not None and others > BUSY
+    return [v._replace(floor_told=v.floor_told and not disturbed) for v in verdicts]
+
+
 def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """[{case, goal, system, metric, bound, at_most, against, ours, theirs, source, value,
-    at_floor, below_floor, met}]"""
+    at_floor, floor_told, saturated, below_floor, met}]"""
     return [
         {
             "case": verdict.case,
@@ -156,6 +185,8 @@ def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
             **{name: getattr(verdict.goal, name) for name in ("ours", "theirs", "source")},
             "value": verdict.value,
             "at_floor": verdict.at_floor,
+            "floor_told": verdict.floor_told,
+            "saturated": verdict.saturated,
             "below_floor": verdict.below_floor,
             "met": verdict.met,
         }
@@ -166,6 +197,8 @@ def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 def _mark(verdict: Verdict) -> str:
     if verdict.below_floor and not verdict.met:
         return f"[red]below the floor here: {verdict.at_floor:.3g} at best[/]"
+    if verdict.doubtful and verdict.met is False:
+        return "[yellow]not met[/], the floor here is not told"
     return {True: "[green]met[/]", False: "[yellow]not met[/]", None: "not measured"}[verdict.met]
 
 

@@ -24,6 +24,10 @@ SETTLE_SECONDS = 0.02
 WAKE_SECONDS = 0.01
 
 
+FEW_CALLS = 5
+"""Below it a median and a spread say nothing of the next run."""
+
+
 class Timing(NamedTuple):
     """Milliseconds per call.
 
@@ -41,18 +45,23 @@ class Timing(NamedTuple):
     calls: int
 
     @property
+    def told(self) -> bool:
+        """Whether there were enough calls to speak of a spread, or of a goal as met."""
+        return self.calls >= FEW_CALLS
+
+    @property
     def spread(self) -> float:
         """Distance of the quartiles over the median."""
         return (self.high - self.low) / self.ms
 
-    def document(self, counted: str) -> dict[str, float]:
-        """Fields of a row; `counted` names what was timed."""
+    def document(self, counted: str) -> dict[str, float | None]:
+        """Fields of a row; `counted` names what was timed. The spread of few calls is null."""
         return {
             "ms": self.ms,
             "ms_low": self.low,
             "ms_high": self.high,
             "ms_min": self.best,
-            "spread": self.spread,
+            "spread": self.spread if self.told else None,
             counted: self.calls,
         }
 
@@ -84,6 +93,20 @@ class Timed(ABC):
     @abstractmethod
     def enter(self) -> None:
         """Called before a turn that follows one of another process or thread count."""
+
+
+class TrialError(Exception):
+    """A trial failed where it was called.
+
+    Attributes:
+        place: of the trial among those that took turns.
+        problem: what it raised.
+    """
+
+    def __init__(self, place: int, problem: Exception) -> None:
+        super().__init__(str(problem))
+        self.place = place
+        self.problem = problem
 
 
 class Budget:
@@ -139,6 +162,22 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(median, low, high, min(ms), len(ms))
 
 
+def _turn(trial: Timed, index: int, inside: tuple[str, int] | None) -> float:
+    """Seconds of a trial's call; `inside`: process and threads of the turn before."""
+    if (trial.process, trial.threads) != inside:
+        other_process = inside is not None and inside[0] != trial.process
+        if other_process:
+            time.sleep(SETTLE_SECONDS)
+        trial.enter()
+        # Threads that slept or do not exist yet: the first calls are not the rule.
+        # They take the set used last, so that no set is cached when its turn comes.
+        awake = time.perf_counter() + (WAKE_SECONDS if other_process else 0.0)
+        trial.call(index - 1)
+        while time.perf_counter() < awake:
+            trial.call(index - 1)
+    return trial.measure(index)
+
+
 def alternate(
     trials: Sequence[Timed],
     budget: float,
@@ -160,6 +199,9 @@ def alternate(
 
     Returns:
         One `Timing` per trial.
+
+    Raises:
+        TrialError: a trial raised something.
     """
     samples: list[list[float]] = [[] for _ in trials]
     inside: tuple[str, int] | None = None
@@ -176,21 +218,12 @@ def alternate(
                 break
             for place in order:
                 trial = trials[place]
-                index = rounds + trial.first_set
-                where = (trial.process, trial.threads)
-                if where != inside:
-                    other_process = inside is not None and inside[0] != trial.process
-                    if other_process:
-                        time.sleep(SETTLE_SECONDS)
-                    trial.enter()
-                    # Threads that slept or do not exist yet: the first calls are not the rule.
-                    # They take the set used last, so that no set is cached when its turn comes.
-                    awake = time.perf_counter() + (WAKE_SECONDS if other_process else 0.0)
-                    trial.call(index - 1)
-                    while time.perf_counter() < awake:
-                        trial.call(index - 1)
-                    inside = where
-                samples[place].append(trial.measure(index))
+                try:
+                    seconds = _turn(trial, rounds + trial.first_set, inside)
+                except Exception as problem:
+                    raise TrialError(place, problem) from problem
+                inside = (trial.process, trial.threads)
+                samples[place].append(seconds)
             elapsed = time.perf_counter() - start
             tick(min(1.0, max(elapsed / budget if budget > 0 else 1.0, 0.0)))
     finally:

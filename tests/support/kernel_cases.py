@@ -48,7 +48,7 @@ def tiny_run(cases: list[Case], **fields: Any) -> Report:
     sizes: dict[str, Any] = {
         "threads": 2,
         "seconds": 0.0,
-        "min_rounds": 3,
+        "min_rounds": 5,
         "sets_bytes": 1 << 18,
         "read_bytes": 1 << 20,
         "gemm_size": 128,

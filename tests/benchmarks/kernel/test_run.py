@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernel import roofline
+from benchmarks.kernel import roofline, run
 from benchmarks.kernel.operators import Unusable, bmc, sdpa
 from benchmarks.kernel.report import document, kernel_table, show
 from benchmarks.kernel.run import Options, Report, sets_target
 from benchmarks.lib.record import describe, write
+from benchmarks.lib.worker_client import WorkerError
 from bmc_core import native
 from tests.support.kernel_cases import TINY_CASES, tiny_case, tiny_run
 
@@ -63,10 +64,14 @@ def test_a_quick_run_ends_in_time_by_construction() -> None:
         patch.setattr(bmc.BMC, "prepare", prepare)
         report = tiny_run(cases, limit=80.0, clock=clock)
     assert calls == ["first", "second"]
-    assert [text.split(":")[0] for text in report.missing] == ["third", "fourth"]
-    assert "--cases full" in report.missing[0]
+    assert [text.split(":")[0] for text in report.missing] == ["second", "third", "fourth"]
+    assert "only 1 of 5 rounds" in report.missing[0]
+    assert all("--cases full" in text for text in report.missing)
     rounds = {row.case.name: row.timing.calls for row in report.rows}
-    assert rounds == {"first": 3, "second": 1}, "what is prepared late is timed once"
+    assert rounds == {"first": 5, "second": 1}, "what is prepared late is timed once"
+    spreads = {row["case"]: row["spread"] for row in document(report)["rows"]}
+    assert spreads["first"] is not None
+    assert spreads["second"] is None, "one call has no spread"
 
 
 def test_goals_are_shown_only_when_asked(report: Report) -> None:
@@ -94,6 +99,10 @@ def test_json_has_the_fields_of_the_schema(report: Report, tmp_path: Path) -> No
     }
     assert len(found["rows"]) == len(report.rows)
     assert set(found["versions"]) >= {"torch", "vllm", "bmc"}
+    assert found["settings"] == {
+        **{"cases": "quick", "only": None, "dtype": None, "limit": None, "pace_python": None},
+        **{"threads": 2, "seconds": 0.0, "isa": None},
+    }
     assert found["instruction_sets"]["ours"] == native.isa()
     for row in found["rows"]:
         for name in ("ms", "ms_min", "spread", "gb_s", "read_gb_s", "gemm_gflops", "error"):
@@ -179,6 +188,60 @@ def test_pace_python_without_the_package_is_an_error(run_tiny: Callable[..., Rep
         run_tiny([tiny_case()], pace_python=Path(sys.executable))
     with pytest.raises(Unusable, match="--pace-python .*does not start"):
         run_tiny([tiny_case()], pace_python=Path("/does/not/exist"))
+
+
+class DyingPeer(sdpa.Sdpa):
+    """A peer in a process of its own that is killed after so many calls; it stays dead."""
+
+    title = "SlabPool"
+
+    def __init__(self, arena, calls: int = 3) -> None:
+        super().__init__(arena)
+        self.left = calls
+
+    def prepare(self, case, inputs, threads):
+        trial = super().prepare(case, inputs, threads)
+        attend = trial.attend
+
+        def dying(number: int) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise WorkerError("SlabPool: the process ended with SIGKILL; it printed:\nx")
+            attend(number)
+
+        trial.attend = dying
+        return trial
+
+
+@pytest.mark.parametrize("calls", [3, 6], ids=["timed", "checked again"])
+def test_a_peer_that_is_killed_costs_its_own_figures_only(
+    monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    monkeypatch.setattr(run, "Sdpa", lambda arena: DyingPeer(arena, calls))
+    report = tiny_run([tiny_case("first"), tiny_case("second")])
+    timed = [(row.case.name, row.title) for row in report.rows]
+    assert timed == [(name, title) for name in ("first", "second") for title in ("BMC", "CPU_ATTN")]
+    assert all("SlabPool" not in row.ratios for row in report.rows)
+    assert report.missing == [
+        f"{name}: SlabPool fails: SlabPool: the process ended with SIGKILL; it printed:"
+        for name in ("first", "second")
+    ]
+    assert report.failures == []
+
+
+def test_bmc_that_fails_in_a_timed_call_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = bmc.paged_attention, []
+
+    def failing(*arguments, **settings) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("no")
+        right(*arguments, **settings)
+
+    monkeypatch.setattr(bmc, "paged_attention", failing)
+    report = tiny_run([tiny_case()])
+    assert report.failures == ["tiny: BMC fails: no"]
+    assert [row.title for row in report.rows] == ["CPU_ATTN", "sdpa"]
 
 
 def test_options_have_defaults() -> None:
