@@ -33,7 +33,7 @@ from benchmarks.engines.base import (
 )
 from benchmarks.generate.cases import FULL, GRID, GenerateCase
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
-from benchmarks.lib.ceilings import Ceilings, Floor, threads_set
+from benchmarks.lib.ceilings import Ceilings, Floor, ceilings_of, threads_set
 from benchmarks.lib.goals import Goal, Verdict, holding, load
 from benchmarks.lib.llama import MHA, TINY, LlamaShape, RandomLlama, drawn_tokens
 from benchmarks.lib.record import Record, Recorder
@@ -134,7 +134,8 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
     Raises:
         WorkerError: `Options.llama_cpp_python` does not do.
     """
-    recorder, ceilings = Recorder(), Ceilings()
+    recorder = Recorder()
+    ceilings = ceilings_of(recorder.machine)
     budget = Budget(options.seconds)
     with threads_set(options.threads):
         tell("greedy tokens of a small model", 0.0)

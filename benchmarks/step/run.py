@@ -26,7 +26,7 @@ from benchmarks.engines.base import (
     take_turns,
 )
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
-from benchmarks.lib.ceilings import Ceilings, Floor
+from benchmarks.lib.ceilings import Ceilings, Floor, ceilings_of
 from benchmarks.lib.goals import Goal, Verdict, holding, load
 from benchmarks.lib.llama import RandomLlama
 from benchmarks.lib.record import Record, Recorder
@@ -114,7 +114,8 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
         WorkerError: an engine could not do what was asked.
         MemoryError: both engines do not fit.
     """
-    recorder, ceilings = Recorder(), Ceilings()
+    recorder = Recorder()
+    ceilings = ceilings_of(recorder.machine)
     rows: list[Row] = []
     failures: list[str] = []
     missing: list[str] = []
