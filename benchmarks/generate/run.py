@@ -34,7 +34,7 @@ from benchmarks.engines.base import (
 from benchmarks.generate.cases import FULL, GRID, GenerateCase
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
 from benchmarks.lib.ceilings import Ceilings, Floor, ceilings_of, threads_set
-from benchmarks.lib.goals import Goal, Verdict, holding, load
+from benchmarks.lib.goals import Goal, Verdict, holding, load, under_load
 from benchmarks.lib.llama import MHA, TINY, LlamaShape, RandomLlama, drawn_tokens
 from benchmarks.lib.record import Record, Recorder
 from benchmarks.lib.timing import Budget, Timing, summary
@@ -153,7 +153,8 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
                 session.measure(cases, budget, tell)
     tell("done", 1.0)
     record = recorder.record()
-    verdicts = judge(session.rows, holding(GOALS, record.isas))
+    goals = holding(GOALS, record.isas)
+    verdicts = under_load(judge(session.rows, goals), record.machine.others)
     read = ceilings.read(options.threads).rate
     return Report(record, options, session.rows, failures, missing, verdicts, read)
 
@@ -383,8 +384,9 @@ def worse(*errors: float) -> float:
 def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
     """Each goal; no engine of ours is faster than the floor."""
     at_floor = [row._replace(step_ms=row.floor.ms) if not row.peer else row for row in rows]
+    told = all(row.floor.told for row in rows)
     return [
-        Verdict(goal.case, goal, measured_ratio(rows, goal), measured_ratio(at_floor, goal))
+        Verdict(goal.case, goal, measured_ratio(rows, goal), measured_ratio(at_floor, goal), told)
         for goal in goals
     ]
 

@@ -95,6 +95,5 @@ def command(
         lambda: report.document(found),
         plot,
         lambda path: pictures.draw(found, path),
+        measured=bool(found.curves),
     )
-    if not found.curves:
-        raise typer.Exit(3)

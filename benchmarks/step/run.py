@@ -27,7 +27,7 @@ from benchmarks.engines.base import (
 )
 from benchmarks.lib.answers import LOGIT_TOLERANCE, relative_error
 from benchmarks.lib.ceilings import Ceilings, Floor, ceilings_of
-from benchmarks.lib.goals import Goal, Verdict, holding, load
+from benchmarks.lib.goals import Goal, Verdict, holding, load, under_load
 from benchmarks.lib.llama import RandomLlama
 from benchmarks.lib.record import Record, Recorder
 from benchmarks.lib.timing import Budget, Timing, summary
@@ -131,7 +131,8 @@ def run(options: Options, tell: Progress = lambda text, fraction: None) -> Repor
         missing += one.missing
     tell("done", 1.0)
     record = recorder.record()
-    verdicts = judge(rows, holding(GOALS, record.isas))
+    goals = holding(GOALS, record.isas)
+    verdicts = under_load(judge(rows, goals), record.machine.others)
     read = ceilings.read(rows[0].threads).rate
     return Report(record, options, rows, failures, missing, verdicts, read)
 
@@ -266,5 +267,6 @@ def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
         if row is None or peer is None:
             verdicts.append(Verdict(goal.case, goal, None))
             continue
-        verdicts.append(Verdict(goal.case, goal, row.ratio, peer.timing.ms / row.floor.ms))
+        at_floor = peer.timing.ms / row.floor.ms
+        verdicts.append(Verdict(goal.case, goal, row.ratio, at_floor, row.floor.told))
     return verdicts
