@@ -49,7 +49,7 @@ def draw(report: Report, path: Path) -> None:
             chosen = [c for c in report.curves if c.attention == name]
             chosen = [c for c in chosen if c.measured_best is not None]
             _draw_growths(axes, report, chosen) if chosen else axes.set_axis_off()
-    figure.suptitle("Generations against r: model (lines), measured (points), picked r (rings)")
+    figure.suptitle("Generations against r\nmodel (lines), measured (points), picked r (rings)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)

@@ -58,22 +58,26 @@ def _draw_ceilings(axes: Any, shown: Sequence[Row], most: Sequence[Row]) -> None
     peaks = {row.case.dtype: row.gemm_gflops for row in most}
     left = min(min(map(_intensity, shown)), 1.0) / 1.5
     right = 3 * max(max(map(_intensity, shown)), max(peaks.values()) / read)
+    labelled: set[str] = set()
     for dtype, peak in sorted(peaks.items()):
         bend = peak / read
         xs = [left, bend, right] if left < bend < right else [left, right]
         ys = [min(read * x, peak) for x in xs]
         axes.plot(xs, ys, _LINES.get(dtype, "-"), color="black", lw=1.4, zorder=1)
-        if ys[-1] >= peak:
-            higher = any(peak < other < 1.3 * peak for other in peaks.values())
-            _label_peak(axes, f"{dtype} GEMM {peak:.0f} GFLOP/s", (right, peak), higher)
+        if ys[-1] >= peak and dtype not in labelled:
+            same = [other for other in sorted(peaks) if 0.95 < peaks[other] / peak < 1.05]
+            labelled.update(same)
+            higher = any(1.05 * peak < other < 1.3 * peak for other in peaks.values())
+            text = f"{', '.join(same)} GEMM {peak:.0f} GFLOP/s"
+            _label_peak(axes, text, (right, peak), higher)
     axes.set_xlim(left, right)
     lowest = min(min(row.gflops for row in shown), read * left)
     axes.set_ylim(lowest / 1.5, 1.8 * max(*peaks.values(), *(row.gflops for row in shown)))
-    axes.annotate(
+    # Along the line: what slope it has on the page, only the transform of the data knows.
+    axes.text(
+        left * 1.2,
+        read * left * 1.2 * 1.15,
         f"read bandwidth {read:.1f} GB/s",
-        (left * 1.5, read * left * 1.5),
-        xytext=(-5, 5),
-        textcoords="offset points",
         fontsize=9,
         rotation=math.degrees(math.atan2(read, 1)),
         rotation_mode="anchor",
