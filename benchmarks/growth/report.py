@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.growth.curves import Curve, Point, Slope
 from benchmarks.growth.run import Report
 from benchmarks.lib import goals, record
+from benchmarks.lib.record import show_end
 from benchmarks.lib.samples import percent, spread_of
 
 TITLES = {"padded": "sdpa over padding", "sdpa": "sdpa over views", "native": "native kernel"}
@@ -144,10 +145,5 @@ def show(report: Report, console: Console, with_goals: bool = False) -> None:
         )
     if with_goals:
         goals.show(report.verdicts, report.record.isas, console)
-    for text in report.missing:
-        console.print(f"not measured: {text}", highlight=False, markup=False)
-    note = report.record.busy_note()
-    if note:
-        console.print(note, highlight=False)
-    for text in report.failures:
-        console.print(text, style="bold red", markup=False, highlight=False)
+    lines = [f"not measured: {text}" for text in report.missing]
+    show_end(console, report.record, lines, report.failures)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 from benchmarks.lib.instruction_sets import InstructionSets, in_use
 from bmc_core.environment import version
@@ -136,6 +137,19 @@ class Recorder:
         machine = self.machine._replace(openmp=openmp.runtimes(), others=self._neighbors.share())
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return Record(created, machine, in_use(isa), versions(), commit())
+
+
+def show_end(
+    console: Console, record: Record, missing: Sequence[str], failures: Sequence[str]
+) -> None:
+    """Below the tables: what is missing, the note on other processes, what was wrong."""
+    for text in missing:
+        console.print(text, highlight=False, markup=False)
+    note = record.busy_note()
+    if note:
+        console.print(note, highlight=False)
+    for text in failures:
+        console.print(text, style="bold red", markup=False, highlight=False)
 
 
 def document(

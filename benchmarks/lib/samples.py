@@ -10,12 +10,12 @@ import math
 
 from benchmarks.lib.timing import Timing
 
-LEAST_FOR_SPREAD = 3
+MIN_FOR_SPREAD = 3
 
 
 def spread_of(timing: Timing) -> float:
-    """Distance of the quartiles over the median; NaN with fewer than `LEAST_FOR_SPREAD` samples."""
-    return timing.spread if timing.calls >= LEAST_FOR_SPREAD else math.nan
+    """Distance of the quartiles over the median; NaN with fewer than `MIN_FOR_SPREAD` samples."""
+    return timing.spread if timing.calls >= MIN_FOR_SPREAD else math.nan
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lib import goals, record
+from benchmarks.lib.record import show_end
 from benchmarks.lib.samples import error_text, percent, spread_of
 from benchmarks.step.run import Report, Row
 
@@ -67,13 +68,8 @@ def show(report: Report, console: Console, with_goals: bool = False) -> None:
     console.print(_table(report))
     if with_goals:
         goals.show(report.verdicts, report.record.isas, console)
-    for text in report.missing:
-        console.print(f"not checked: {text}", highlight=False, markup=False)
-    note = report.record.busy_note()
-    if note:
-        console.print(note, highlight=False)
-    for text in report.failures:
-        console.print(text, style="bold red", markup=False, highlight=False)
+    lines = [f"not checked: {text}" for text in report.missing]
+    show_end(console, report.record, lines, report.failures)
 
 
 def _table(report: Report) -> Table:
