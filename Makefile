@@ -30,8 +30,8 @@ serve: setup ## start the server (makes the demo model when MODEL is not given)
 test: setup ## run every test
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-fast: setup ## run what starts no engine and no server and compiles nothing: two minutes
-	@$(BIN)/python -m pytest -m "not engine and not server and not build" $(ARGS)
+test-fast: setup ## run what starts no engine, server or benchmark and compiles nothing: two minutes
+	@$(BIN)/python -m pytest -m "not engine and not server and not build and not run" $(ARGS)
 
 lint: setup ## check style, types and formatting of everything
 	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --color never

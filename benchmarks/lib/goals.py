@@ -1,6 +1,8 @@
 """Goals: figures that should be reached, as data with their source, and what came of them.
 
-A command's `goals.toml` has tables `[[set]]`, each one claim from one place:
+A command's `goals.toml` begins with the table `[metrics]`: the kinds of figures that it states
+goals for, and how such a goal reads ({sign}, {bound} and {against} are filled in). Then tables
+`[[set]]`, each one claim from one place:
 
     ours, theirs   instruction sets of both sides that it holds for, the first of one list with the
                    first of the other; left out: any
@@ -28,19 +30,6 @@ from rich.table import Table
 from benchmarks.lib.instruction_sets import InstructionSets
 from bmc_core.machine.load import BUSY
 
-METRICS = {
-    "ratio": "{sign} {bound:.3g}x as fast as {against}",
-    "read_share": "{sign} {bound:.2f} of the read bandwidth",
-    "gflops": "{sign} {bound:.0f} GFLOP/s",
-    "cost": "{sign} {bound:.2g} of {against}",
-    "spread": "spread {sign} {bound:.0%}",
-    "efficiency": "efficiency {sign} {bound:.2f} until the bandwidth is reached",
-    "parts": "{sign} {bound:.2f} of its parts' sum",
-    "loss": "{sign} {bound:.0%} slower than the fastest r",
-    "slope": "slope off by {sign} {bound:.2g}",
-}
-"""Kinds of figures, and how a goal for one reads. Commands say how each is computed."""
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -48,13 +37,14 @@ class Goal:
 
     Attributes:
         case: name of a case, or of a group of cases.
-        metric: a key of `METRICS`.
+        metric: the kind of figure, a key of the file's `[metrics]`.
         bound: the figure.
         at_most: whether less is better.
         against: the peer of a ratio, the case of a cost.
         system: whose figure it is.
         ours, theirs: instruction sets of both sides that it holds for, in pairs; empty: any.
         source: where the figure is from.
+        wording: how a goal of this metric reads.
     """
 
     case: str
@@ -66,6 +56,7 @@ class Goal:
     ours: tuple[str, ...] = ()
     theirs: tuple[str, ...] = ()
     source: str = ""
+    wording: str = "{sign} {bound:.3g}"
 
     def holds_for(self, isas: InstructionSets) -> bool:
         if self.ours and self.theirs:
@@ -78,7 +69,7 @@ class Goal:
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
-        return METRICS[self.metric].format(sign=sign, bound=self.bound, against=self.against)
+        return self.wording.format(sign=sign, bound=self.bound, against=self.against)
 
 
 class Verdict(NamedTuple):
@@ -124,8 +115,10 @@ def load(path: Path) -> list[Goal]:
     Raises:
         ValueError: something in it is not as the module docstring says.
     """
+    document = tomllib.loads(path.read_text())
+    metrics = document.get("metrics", {})
     goals = []
-    for claim in tomllib.loads(path.read_text())["set"]:
+    for claim in document["set"]:
         unknown = set(claim) - {"ours", "theirs", "source", "goals"}
         if unknown or not claim.get("source"):
             raise ValueError(
@@ -142,13 +135,16 @@ def load(path: Path) -> list[Goal]:
             "theirs": tuple(claim.get("theirs", ())),
             "source": " ".join(claim["source"].split()),
         }
-        goals += [_goal(dict(fields), shared, path.name) for fields in claim["goals"]]
+        goals += [_goal(dict(fields), shared, metrics, path.name) for fields in claim["goals"]]
     return goals
 
 
-def _goal(fields: dict[str, Any], shared: dict[str, Any], file: str) -> Goal:
-    if fields.get("metric") not in METRICS:
-        raise ValueError(f"{file}: metric is {fields.get('metric')!r}; allowed: {list(METRICS)}")
+def _goal(
+    fields: dict[str, Any], shared: dict[str, Any], metrics: dict[str, str], file: str
+) -> Goal:
+    if fields.get("metric") not in metrics:
+        raise ValueError(f"{file}: metric is {fields.get('metric')!r}; allowed: {list(metrics)}")
+    fields["wording"] = metrics[fields["metric"]]
     bounds = {name: fields.pop(name) for name in ("at_least", "at_most") if name in fields}
     if len(bounds) != 1:
         raise ValueError(f"{file}: {fields} has {list(bounds)}; allowed: at_least or at_most")

@@ -15,6 +15,7 @@ from benchmarks.kernel.run import Report
 from benchmarks.step import run as step
 from tests.support.kernel_cases import TINY_CASES
 
+COMMANDS = [c.name for c in command_line.app.registered_commands if not c.hidden]
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
@@ -104,7 +105,7 @@ def test_an_unusable_system_ends_with_3(monkeypatch: pytest.MonkeyPatch) -> None
     assert "--pace-python x: no package" in text
 
 
-@pytest.mark.parametrize("command", ["", "kernel", "step", "generate", "growth"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_there_before_torch_is(command: str) -> None:
     """In a process of its own: what one command imports, another must not wait for."""
     arguments = [command] if command else []

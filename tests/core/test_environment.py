@@ -129,6 +129,7 @@ def test_a_torch_that_does_not_import_is_a_line() -> None:
     assert "does not load: No module named 'torch'" in lines["native"]
 
 
+@pytest.mark.engine
 def test_a_framework_with_a_missing_dependency_is_not_missing_itself() -> None:
     run = run_info_without("hjson")
     assert re.search(r"deepspeed +cannot be imported: no module named hjson", run.stdout)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tools.demo import corpus, train
 from tools.demo import model as demo_model
 
+pytestmark = pytest.mark.build
 ROOT = Path(__file__).resolve().parents[2]
 
 

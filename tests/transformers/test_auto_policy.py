@@ -23,7 +23,7 @@ def test_auto_is_what_calibration_says(attention, tmp_path, monkeypatch, caplog)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = build("llama")
     geometry = Geometry.from_config(model.config, torch.float32)
-    calibration.calibrate(geometry, seconds=0.2)
+    calibration.calibrate(geometry, seconds=0.02)
     enable(model, "auto", attention=attention)
     output = generated(model, {"inputs": prompt(), "num_beams": 2})
     wanted = calibration.auto_policy(
@@ -65,7 +65,7 @@ def test_a_damaged_calibration_file_stops_no_generate(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibration, "_known", {})
     measure = calibration.measure
-    monkeypatch.setattr(calibration, "measure", lambda g, *, seconds: measure(g, seconds=0.2))
+    monkeypatch.setattr(calibration, "measure", lambda g, *, seconds: measure(g, seconds=0.02))
     model = enable(build("llama"), "auto")
     tokens = generated(model, {"inputs": prompt()}, 4).sequences
     (path,) = tmp_path.rglob("*.json")

@@ -52,6 +52,7 @@ assert picture() == before
 """
 
 
+@pytest.mark.engine
 def test_importing_changes_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_CHANGES_NOTHING], capture_output=True, text=True

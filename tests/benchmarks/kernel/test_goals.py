@@ -10,6 +10,7 @@ from benchmarks.kernel.run import Report
 from benchmarks.lib.goals import Goal, holding
 from benchmarks.lib.instruction_sets import InstructionSets
 
+pytestmark = pytest.mark.run
 ANY = InstructionSets("portable", "avx2")
 
 

@@ -54,7 +54,7 @@ def test_a_goal_holds_for_the_instruction_sets_of_both_sides() -> None:
 )
 def test_a_file_with_mistakes_is_refused(tmp_path: Path, text: str, message: str) -> None:
     if text.startswith("{"):
-        text = f'[[set]]\nsource = "s"\ngoals = [{text}]'
+        text = f'[metrics]\nratio = "{{sign}}"\n[[set]]\nsource = "s"\ngoals = [{text}]'
     (tmp_path / "goals.toml").write_text(text)
     with pytest.raises(ValueError, match=message):
         goals.load(tmp_path / "goals.toml")
