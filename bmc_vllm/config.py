@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from bmc_core.policy import DEFAULT_R, BMCPolicy
+from bmc_core.policy import DEFAULT_R
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -86,11 +86,11 @@ class BMCConfig:
                 f"block size ({block_size}), for example {' or '.join(near)}"
             )
 
-    def policy(self, block_size: int) -> BMCPolicy:
-        """The growth policy: ``r`` in whole blocks, rounded up.
+    def rows(self, block_size: int) -> int:
+        """Rows per growth: ``r`` in whole blocks, rounded up.
 
         A given ``r`` is a multiple of the block size that was configured; with hybrid models vLLM
         makes blocks larger afterwards, to the size of a layer's state.
         """
         rows = DEFAULT_R if self.r is None else self.r
-        return BMCPolicy(r=-(-rows // block_size) * block_size)
+        return -(-rows // block_size) * block_size

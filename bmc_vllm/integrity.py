@@ -60,16 +60,10 @@ def _count_owners(
     faults: list[str],
 ) -> None:
     group = manager.kv_cache_group_id
-    limit = getattr(manager, "_limit_rows", None)
     for request_id, blocks in manager.req_to_blocks.items():
         ids = [block.block_id for block in blocks if not block.is_null]
         if len(set(ids)) != len(ids):
             faults.append(f"request {request_id}, group {group}: a block stands twice in {ids}")
-        if limit is not None and len(blocks) * manager.block_size > limit:
-            faults.append(
-                f"request {request_id}, group {group}: {len(blocks)} blocks of "
-                f"{manager.block_size} rows exceed the block table ({limit} rows)"
-            )
         for block_id in ids:
             owners[block_id] += 1
             if group_of.setdefault(block_id, group) != group:

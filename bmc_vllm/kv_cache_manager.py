@@ -1,24 +1,20 @@
 """Block managers whose requests grow ``r`` rows at a time.
 
-Promises vLLM's contract of a SingleTypeKVCacheManager, with one difference: when a request needs
-new blocks it also gets the spare blocks that fill the chunk up, adjacent where the pool has them.
-Spare blocks are a bonus, never a need:
-
-- ``get_num_blocks_to_allocate`` stays vLLM's and counts what is needed, so that a request is
-  never refused or preempted because a chunk does not fit;
-- ``allocate_new_blocks`` adds spare blocks only from blocks that hold no cached prefix, only after
-  the other KV cache groups' needs of the same step, and only above a reserve of the pool;
-- a block table never exceeds ``cdiv(max_model_len, block_size)`` blocks.
+Promises vLLM's contract of a SingleTypeKVCacheManager to the letter: a request holds the blocks
+that vLLM's own manager would hold, at the same time, and is admitted, refused or preempted as
+there. What differs is which blocks they are. New ones come from a chunk of r rows that lies side
+by side; the rest of the chunk stays free, but is passed by when others look for a chunk, so that
+the request grows into it. Spare rows are a bonus that whoever is in need takes.
 
 Until ``configure_growth`` is called (by ``BMCScheduler``) a manager behaves as vLLM's own. Knows
-nothing of layers or memory. Growth happens in one place, ``_ChunkedGrowth``.
+nothing of layers or memory; which blocks are taken is `free_chunks.ChunkedFreeQueue`'s business.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm.utils.math_utils import cdiv
@@ -28,23 +24,20 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
+from vllm.v1.request import Request
 
-from bmc_core.policy import BMCPolicy
-from bmc_vllm.block_runs import take_chunks
+from bmc_vllm.free_chunks import ChunkedFreeQueue, Place
 from bmc_vllm.integrity import check_integrity
-
-RESERVE_DIVISOR = 8
-"""Spare blocks are taken only while 1/8 of the pool stays free: below that, growth is by need."""
 
 
 class GrowthStats(NamedTuple):
-    """Counters of the managers of one scheduler.
+    """Counters of the managers of one scheduler; with several KV cache groups each counts its own.
 
     Attributes:
         growths: growths since the start.
-        rows_reserved: rows in the block tables of all requests now; with several KV cache groups
-            each counts its own.
-        rows_spare: those of them that are held but not needed yet.
+        rows_reserved: rows of the blocks that all requests hold now, and of the free blocks that
+            they would grow into.
+        rows_spare: those of them that no token has been scheduled for.
     """
 
     growths: int
@@ -57,27 +50,25 @@ class GrowthState:
     """What the managers of one scheduler share.
 
     Attributes:
-        policy: answers how many rows to hold.
-        max_model_len: rows that no request exceeds.
-        managers: all managers on the block pool, in the order in which vLLM asks them.
-        touched: ids of blocks handed out since their memory was last released; None when
-            nobody releases memory.
+        queue: the free blocks of their pool.
+        managers: all managers on the pool.
+        requests: the scheduler's requests by id.
     """
 
-    policy: BMCPolicy
-    max_model_len: int
+    queue: ChunkedFreeQueue
     managers: Sequence[SingleTypeKVCacheManager]
-    touched: set[int] | None = None
-    growths: int = field(default=0, init=False)
+    requests: Mapping[str, Request]
 
     def stats(self) -> GrowthStats:
+        """Visits every request."""
         reserved = spare = 0
         for manager in self.managers:
             if isinstance(manager, _ChunkedGrowth):
-                rows = manager.held_rows()
-                reserved += rows[0]
-                spare += rows[1]
-        return GrowthStats(self.growths, reserved, spare)
+                for request_id in manager.req_to_blocks:
+                    rows = manager.rows(request_id)
+                    reserved += rows[0]
+                    spare += rows[1]
+        return GrowthStats(self.queue.growths, reserved, spare)
 
 
 class _ChunkedGrowth(SingleTypeKVCacheManager):
@@ -88,81 +79,65 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
     def configure_growth(self, growth: GrowthState) -> None:
         """Turns chunked growth on; called once, before the first request."""
         self._growth = growth
-        self._limit_rows = cdiv(growth.max_model_len, self.block_size) * self.block_size
-        self._chunk_blocks = max(1, growth.policy.r // self.block_size)
-        self._rows_needed: dict[str, int] = {}
-        own_id = self.kv_cache_group_id
-        self._later_managers = [m for m in growth.managers if m.kv_cache_group_id > own_id]
-        # A manager with its own way to allocate (Mamba states, cross attention) may need any
-        # number of blocks after us, so next to one there are no spare blocks.
-        self._can_spare = all(needs_blocks_by_length(m) for m in self._later_managers)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """Blocks for ``num_tokens`` rows of the request, and the spare ones of the chunk."""
-        growth = self._growth
-        if growth is None:
+        """vLLM's method, whose new blocks are the next of the request's chunk."""
+        with self._placing(request_id, num_tokens):
             return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        self._rows_needed[request_id] = num_tokens
-        blocks = self.req_to_blocks[request_id]
-        needed = cdiv(num_tokens, self.block_size) - len(blocks)
-        # Asked for no more rows than are held, vLLM's method only makes the private copy of a
-        # partially shared block, if one is due.
-        copies = super().allocate_new_blocks(
-            request_id, len(blocks) * self.block_size, num_tokens_main_model
-        )
-        if needed <= 0:
-            return copies
-        spare = self._num_spare_blocks(growth, request_id, num_tokens, len(blocks), needed)
-        last = blocks[-1] if blocks and not blocks[-1].is_null else None
-        new_blocks = take_chunks(
-            self.block_pool, needed, spare, self._chunk_blocks, last.block_id if last else None
-        )
-        blocks.extend(new_blocks)
-        growth.growths += 1
-        if growth.touched is not None:
-            growth.touched.update(block.block_id for block in new_blocks)
-        if self._record_new_block_ids:
-            self.new_block_ids.extend(block.block_id for block in new_blocks)
-        return copies + new_blocks
 
-    def _num_spare_blocks(
-        self, growth: GrowthState, request_id: str, num_tokens: int, held: int, needed: int
-    ) -> int:
-        if not self._can_spare:
-            return 0
-        rows = growth.policy.rows_to_hold(
-            held=held * self.block_size,
-            needed=num_tokens,
-            limit=max(self._limit_rows, num_tokens),
-        )
-        wanted = cdiv(rows, self.block_size) - held - needed
-        others = sum(
-            max(0, cdiv(num_tokens, m.block_size) - len(m.req_to_blocks.get(request_id, ())))
-            + (request_id in m._partial_hit_reqs)
-            for m in self._later_managers
-        )
-        free = self.block_pool.get_num_free_blocks() - needed - others
-        reserve = self.block_pool.num_gpu_blocks // RESERVE_DIVISOR
-        return max(0, min(wanted, free - reserve))
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """vLLM's method (rows that a connector brings), placed in the same way."""
+        num_tokens = num_local_computed_tokens + num_external_computed_tokens
+        with self._placing(request_id, num_tokens):
+            super().allocate_external_computed_blocks(
+                request_id,
+                num_local_computed_tokens,
+                num_external_computed_tokens,
+                record_for_zeroing,
+            )
+
+    def _placing(self, request_id: str, num_tokens: int) -> AbstractContextManager[None]:
+        blocks = self.req_to_blocks[request_id]
+        held = len(blocks) * self.block_size
+        if self._growth is None or num_tokens <= held:
+            return _NOWHERE
+        # The whole prompt gets a stretch with its first chunk.
+        request = self._growth.requests.get(request_id)
+        rows = max(num_tokens, request.num_prompt_tokens if request is not None else 0)
+        last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
+        place = Place(self._owner(request_id), last, cdiv(rows - held, self.block_size))
+        return self._growth.queue.placing(place)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self._growth is not None:
-            self._rows_needed.pop(request_id, None)
+            self._growth.queue.release(self._owner(request_id))
         return super().pop_blocks_for_free(request_id)
 
-    def held_rows(self) -> tuple[int, int]:
-        """Rows in all block tables, and how many of them are spare."""
-        reserved = spare = 0
-        for request_id, blocks in self.req_to_blocks.items():
-            # Null blocks (behind a sliding window) only ever stand at the front.
-            first = bisect_left(blocks, True, key=lambda block: not block.is_null)
-            reserved += (len(blocks) - first) * self.block_size
-            rows = self._rows_needed.get(request_id)
-            if rows is not None:
-                spare += max(0, len(blocks) * self.block_size - rows)
-        return reserved, spare
+    def _owner(self, request_id: str) -> tuple[int, str]:
+        return self.kv_cache_group_id, request_id
+
+    def rows(self, request_id: str) -> tuple[int, int]:
+        """Rows that the request holds or would grow into, and those without a token."""
+        assert self._growth is not None
+        blocks = self.req_to_blocks.get(request_id, [])
+        held = len(blocks) * self.block_size
+        request = self._growth.requests.get(request_id)
+        unused = max(0, held - request.num_computed_tokens) if request is not None else 0
+        last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
+        ahead = 0
+        if last is not None:
+            ahead = self._growth.queue.num_spare(self._owner(request_id), last) * self.block_size
+        # Behind a sliding window null blocks stand for those that were freed.
+        nulls = sum(block.is_null for block in blocks) if blocks and blocks[0].is_null else 0
+        return held - nulls * self.block_size + ahead, unused + ahead
 
     def check_integrity(self) -> None:
         """Checks the pool and every manager on it; see ``integrity.check_integrity``."""
@@ -170,11 +145,7 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         check_integrity(self.block_pool, managers)
 
 
-def needs_blocks_by_length(manager: SingleTypeKVCacheManager) -> bool:
-    """Whether the manager takes exactly the blocks that a sequence's length asks for."""
-    return isinstance(manager, _ChunkedGrowth) or (
-        type(manager).allocate_new_blocks is SingleTypeKVCacheManager.allocate_new_blocks
-    )
+_NOWHERE: AbstractContextManager[None] = nullcontext()
 
 
 class BMCFullAttentionManager(_ChunkedGrowth, FullAttentionManager):
@@ -186,14 +157,26 @@ class BMCSlidingWindowManager(_ChunkedGrowth, SlidingWindowManager):
 
 
 def configure_growth(
-    managers: Sequence[SingleTypeKVCacheManager],
-    policy: BMCPolicy,
-    max_model_len: int,
-    track_touched: bool,
-) -> GrowthState:
-    """Turns chunked growth on in every BMC manager among ``managers``."""
-    state = GrowthState(policy, max_model_len, managers, set() if track_touched else None)
-    for manager in managers:
-        if isinstance(manager, _ChunkedGrowth):
-            manager.configure_growth(state)
+    managers: Sequence[SingleTypeKVCacheManager], r: int, requests: Mapping[str, Request]
+) -> GrowthState | None:
+    """Turns chunked growth on in every BMC manager among ``managers``.
+
+    Args:
+        managers: all managers on one block pool, from which no block was taken yet.
+        r: rows of a chunk; rounded up to whole blocks of each manager's pool.
+        requests: the scheduler's requests by id.
+
+    Returns:
+        What they share; None if there is no BMC manager: then nothing is changed.
+    """
+    growing = [manager for manager in managers if isinstance(manager, _ChunkedGrowth)]
+    if not growing:
+        return None
+    pool = growing[0].block_pool
+    chunk_blocks = max(1, cdiv(r, max(manager.block_size for manager in growing)))
+    queue = ChunkedFreeQueue(pool.free_block_queue, pool.blocks, chunk_blocks)
+    pool.free_block_queue = queue
+    state = GrowthState(queue, managers, requests)
+    for manager in growing:
+        manager.configure_growth(state)
     return state

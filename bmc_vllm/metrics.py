@@ -91,8 +91,8 @@ class _Collector:
         gauges = [
             GaugeMetricFamily(name, text, labels=labels)
             for name, text in (
-                ("bmc:kv_rows_reserved", "Rows held by the block tables of all requests."),
-                ("bmc:kv_rows_spare", "Held rows that no token has been written to yet."),
+                ("bmc:kv_rows_reserved", "Rows that requests hold or would grow into."),
+                ("bmc:kv_rows_spare", "Of those, rows that no token needs yet."),
                 ("bmc:kv_pool_bytes", "Address space of the KV pool, all workers."),
                 ("bmc:kv_pool_resident_bytes", "Memory of the KV pool in RAM, all workers."),
             )

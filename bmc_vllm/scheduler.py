@@ -1,17 +1,18 @@
 """vLLM's scheduler with BMC's block managers switched on.
 
-Promises that scheduling itself is vLLM's. Three hooks:
+Promises that scheduling itself is vLLM's. Four hooks:
 
-- ``__init__`` gives the managers their policy and ``max_model_len``, which vLLM does not hand to
-  them;
+- ``__init__`` gives the managers their ``r`` and the requests, which vLLM does not hand to them;
 - ``schedule`` attaches the blocks whose memory may be released to the step's output;
-- ``make_stats``, which vLLM calls once per step, also exports the growth counters.
+- ``reset_prefix_cache`` releases the memory of all free blocks;
+- ``make_stats``, which vLLM calls once per step, exports the growth counters now and then.
 
 Knows nothing of memory pages: the worker releases them, before it runs the step.
 """
 
 from __future__ import annotations
 
+import time
 from itertools import chain
 from typing import Any
 
@@ -19,7 +20,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 
-from bmc_vllm.block_runs import is_fresh
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.integrity import check_integrity
 from bmc_vllm.kv_cache_manager import GrowthStats, configure_growth
@@ -27,48 +27,58 @@ from bmc_vllm.metrics import StatsWriter
 
 RELEASED_BLOCKS = "bmc_released_blocks"
 """Attribute of a SchedulerOutput: ids of blocks whose memory the worker may release."""
+STATS_SECONDS = 0.5
+"""The growth counters, which visit every request, are exported at most so often."""
 
 
 class BMCScheduler(Scheduler):
-    """See the module docstring."""
+    """See the module docstring.
+
+    Attributes:
+        growth: what the managers share; None where no manager grows by chunks.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = BMCConfig.from_vllm_config(self.vllm_config)
         self.growth = configure_growth(
             self.kv_cache_manager.coordinator.single_type_managers,
-            config.policy(self.vllm_config.cache_config.block_size),
-            self.vllm_config.model_config.max_model_len,
-            track_touched=config.release_free_memory,
+            config.rows(self.vllm_config.cache_config.block_size),
+            self.requests,
         )
+        if self.growth is not None and config.release_free_memory:
+            self.growth.queue.remember_discarded()
         self._stats = StatsWriter(self.vllm_config.parallel_config.data_parallel_index)
         self._stats.reset_scheduler()
+        self._next_stats = 0.0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
-        if self.growth.touched:
-            released = self._take_released_blocks()
-            if released:
-                # Workers handle steps in order: whoever gets these blocks next writes to them
-                # in a later step than this one, and earlier steps that read them are over.
-                setattr(output, RELEASED_BLOCKS, released)
+        released = self.growth.queue.take_discarded() if self.growth is not None else None
+        if released:
+            # Workers handle steps in order: whoever gets these blocks next writes to them
+            # in a later step than this one, and earlier steps that read them are over.
+            setattr(output, RELEASED_BLOCKS, sorted(released))
         return output
 
-    def _take_released_blocks(self) -> list[int]:
-        pool = self.kv_cache_manager.block_pool
-        touched = self.growth.touched
-        assert touched is not None
-        released = [i for i in touched if is_fresh(pool, pool.blocks[i])]
-        touched.difference_update(released)
-        return released
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done = super().reset_prefix_cache(*args, **kwargs)
+        if done and self.growth is not None:
+            self.growth.queue.discard_all()
+        return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        self._stats.write_growth(self.growth.stats())
+        if self.log_stats:
+            now = time.monotonic()
+            # The last step before the engine idles counts, whenever it comes.
+            if now >= self._next_stats or not self.running:
+                self._next_stats = now + STATS_SECONDS
+                self._stats.write_growth(self.growth_stats())
         return super().make_stats(*args, **kwargs)
 
     def growth_stats(self) -> GrowthStats:
         """The growth counters now."""
-        return self.growth.stats()
+        return self.growth.stats() if self.growth is not None else GrowthStats(0, 0, 0)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if the block pool and the block tables contradict each other."""

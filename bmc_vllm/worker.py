@@ -91,14 +91,13 @@ class BMCWorker(CPUWorker):
 
     def _log_start(self) -> None:
         block_size = self.cache_config.block_size
-        policy = self._settings.policy(block_size)
         threads = torch.get_num_threads()
         logger.info(
             "BMC: attention backend BMC, instruction set %s, dtype %s, r=%d rows, block size %d "
             "rows, %d threads",
             native.isa(),
             str(self.model_config.dtype).removeprefix("torch."),
-            policy.r,
+            self._settings.rows(block_size),
             block_size,
             threads,
         )

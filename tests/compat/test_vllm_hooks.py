@@ -14,22 +14,31 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from bmc_vllm.free_chunks import ChunkedFreeQueue
+
 
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_block_runs_block_pool() -> None:
-    """block_runs.py: free queue in eviction order, unhashed blocks in front of cached ones."""
+def test_free_chunks_queue() -> None:
+    """free_chunks.py: every way into and out of the free queue is one of these methods, and
+    blocks that hold nothing are put in front of cached ones."""
+    methods = {name for name in vars(FreeKVCacheBlockQueue) if not name.startswith("__")}
+    changing = {"popleft", "popleft_n", "remove", "append", "append_n", "prepend_n"}
+    assert methods == changing | {"get_all_free_blocks", "iter_blocks_after"}
+    assert changing <= set(vars(ChunkedFreeQueue))
     pool = BlockPool(num_gpu_blocks=5, enable_caching=True, hash_block_size=16)
-    assert [b.block_id for b in pool.free_block_queue.iter_blocks_after(None)] == [1, 2, 3, 4]
-    assert pool.cached_block_hashes_by_block == {}
-    assert pool._reuse_watchers == {}
-    assert hasattr(FreeKVCacheBlockQueue, "remove")
+    queue = pool.free_block_queue
+    assert set(vars(queue)) == {"num_free_blocks", "fake_free_list_head", "fake_free_list_tail"}
+    assert [b.block_id for b in queue.get_all_free_blocks()] == [1, 2, 3, 4]
     taken = pool.get_new_blocks(3)
+    assert taken[0].prev_free_block is None
+    assert pool.blocks[4].prev_free_block is not None
     taken[0].set_block_hash(b"hash")
     pool.free_blocks(taken)
-    assert [b.block_id for b in pool.free_block_queue.iter_blocks_after(None)] == [2, 3, 4, 1]
+    assert [b.block_id for b in queue.get_all_free_blocks()] == [2, 3, 4, 1]
+    assert "self.free_block_queue.popleft_n(num_blocks)" in inspect.getsource(pool.get_new_blocks)
 
 
 def test_kv_cache_manager_allocation() -> None:
@@ -39,6 +48,13 @@ def test_kv_cache_manager_allocation() -> None:
         "request_id",
         "num_tokens",
         "num_tokens_main_model",
+    ]
+    assert parameters(SingleTypeKVCacheManager.allocate_external_computed_blocks) == [
+        "self",
+        "request_id",
+        "num_local_computed_tokens",
+        "num_external_computed_tokens",
+        "record_for_zeroing",
     ]
     assert "pop_blocks_for_free" in inspect.getsource(SingleTypeKVCacheManager.free)
 

@@ -17,7 +17,6 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from bmc_core.policy import BMCPolicy
 from bmc_vllm.integrity import check_integrity
 from bmc_vllm.kv_cache_interface import to_bmc_spec
 from bmc_vllm.kv_cache_manager import GrowthState, configure_growth
@@ -38,11 +37,11 @@ SLIDING = SlidingWindowSpec(
 KINDS = {"full": [FULL], "sliding": [SLIDING], "hybrid": [FULL, SLIDING, SLIDING]}
 
 
-def make_manager(
-    kind: str, num_blocks: int, r: int, caching: bool = True
-) -> tuple[KVCacheManager, GrowthState]:
+def make_manager(kind: str, num_blocks: int, r: int | None, caching: bool = True) -> KVCacheManager:
+    """vLLM's manager, on our block managers with chunks of ``r`` rows, or (None) on its own."""
     groups = [
-        KVCacheGroupSpec([f"layer{i}"], to_bmc_spec(spec)) for i, spec in enumerate(KINDS[kind])
+        KVCacheGroupSpec([f"layer{i}"], to_bmc_spec(spec) if r else spec)
+        for i, spec in enumerate(KINDS[kind])
     ]
     manager = KVCacheManager(
         KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
@@ -52,18 +51,37 @@ def make_manager(
         max_in_flight_tokens=64,
         enable_caching=caching,
     )
-    growth = configure_growth(
-        manager.coordinator.single_type_managers, BMCPolicy(r), MAX_MODEL_LEN, track_touched=True
-    )
-    return manager, growth
+    if r:
+        growth = configure_growth(manager.coordinator.single_type_managers, r, requests := {})
+        assert growth is not None
+        growth.queue.remember_discarded()
+        _made[id(manager)] = (manager, growth, requests)
+    return manager
+
+
+_made: dict[int, tuple[KVCacheManager, GrowthState, dict[str, Request]]] = {}
+
+
+def growth_of(manager: KVCacheManager) -> GrowthState:
+    return _made[id(manager)][1]
 
 
 def make_request(name: str, tokens: list[int]) -> Request:
     return Request(name, tokens, SamplingParams(max_tokens=500), None, block_hasher=hasher)
 
 
+def add_request(manager: KVCacheManager, name: str, tokens: list[int]) -> Request:
+    """A request that the scheduler of ``manager`` knows."""
+    request = make_request(name, tokens)
+    if id(manager) in _made:
+        _made[id(manager)][2][name] = request
+    return request
+
+
 def verify(manager: KVCacheManager) -> None:
     check_integrity(manager.block_pool, manager.coordinator.single_type_managers)
+    if id(manager) in _made:
+        growth_of(manager).queue.check()
 
 
 def held(manager: KVCacheManager, request: Request, group: int = 0) -> list[int]:

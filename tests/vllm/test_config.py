@@ -13,15 +13,15 @@ def test_default_r(settings: object) -> None:
     config = BMCConfig.from_dict(settings)
     assert config == BMCConfig()
     config.check_block_size(48)
-    assert config.policy(32).r == DEFAULT_R
-    assert config.policy(48).r == 144
+    assert config.rows(32) == DEFAULT_R
+    assert config.rows(48) == 144
 
 
 def test_r_is_rounded_up_where_vllm_made_blocks_larger() -> None:
     """As it does for hybrid models, long after the settings were checked."""
     config = BMCConfig(r=256)
     config.check_block_size(128)
-    assert config.policy(544).r == 544
+    assert config.rows(544) == 544
 
 
 @pytest.mark.parametrize(

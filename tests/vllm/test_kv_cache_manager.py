@@ -1,4 +1,4 @@
-"""The block managers alone, on vLLM's real KVCacheManager, without an engine."""
+"""The block managers alone, on vLLM's real KVCacheManager and beside its own, without an engine."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,9 +10,10 @@ from tests.support.managers import (
     BLOCK,
     KINDS,
     MAX_MODEL_LEN,
+    add_request,
+    growth_of,
     held,
     make_manager,
-    make_request,
     verify,
 )
 
@@ -26,9 +27,8 @@ class Simulation:
         self.count = 0
 
     def start(self, prompt: list[int]) -> None:
-        request = make_request(f"r{self.count}", prompt)
+        self.running.append(add_request(self.manager, f"r{self.count}", prompt))
         self.count += 1
-        self.running.append(request)
 
     def step(self, request: Request, chunk: int) -> None:
         """Schedules up to ``chunk`` tokens; preempts the newest request when there is no room."""
@@ -37,31 +37,12 @@ class Simulation:
         tokens = min(chunk, request.num_tokens - request.num_computed_tokens - hit)
         if tokens <= 0 or request.num_tokens > MAX_MODEL_LEN:
             return
-        needed = self.needed(request, hit, new[0] if new else None, tokens)
-        free = self.manager.block_pool.get_num_free_blocks()
-        blocks = self.manager.allocate_slots(request, tokens, hit, new[0] if new else None)
-        # The promise: refused exactly when vLLM's own count of needed blocks does not fit.
-        assert (blocks is None) == (needed > free)
-        if blocks is None:
+        if self.manager.allocate_slots(request, tokens, hit, new[0] if new else None) is None:
             self.preempt(self.running[-1])
             return
         request.num_computed_tokens += hit + tokens
         if request.num_computed_tokens == request.num_tokens:
             request.append_output_token_ids(request.num_tokens % 7)
-
-    def needed(self, request: Request, hit: int, computed, tokens: int) -> int:
-        total = request.num_computed_tokens + hit
-        self.manager.coordinator.remove_skipped_blocks(request.request_id, total)
-        lists = computed.blocks if computed else self.manager.empty_kv_cache_blocks.blocks
-        return self.manager.coordinator.get_num_blocks_to_allocate(
-            request.request_id,
-            min(total + tokens, MAX_MODEL_LEN),
-            lists,
-            0,
-            total,
-            total,
-            total + tokens,
-        )
 
     def preempt(self, request: Request) -> None:
         self.manager.free(request)
@@ -70,6 +51,34 @@ class Simulation:
     def finish(self, request: Request) -> None:
         self.manager.free(request)
         self.running.remove(request)
+
+    def do(self, operation: str, argument) -> None:
+        if operation == "start":
+            self.start(argument)
+        elif operation == "step all":
+            for request in list(self.running):
+                self.step(request, argument)
+        elif operation == "reset":
+            self.manager.reset_prefix_cache()
+        elif self.running:
+            index = argument[0] if operation == "step" else argument
+            request = self.running[index % len(self.running)]
+            if operation == "step":
+                self.step(request, argument[1])
+            else:
+                getattr(self, operation)(request)
+
+    def picture(self) -> tuple:
+        """What a scheduler sees: free blocks, and blocks and tokens of each request."""
+        groups = range(len(self.manager.coordinator.single_type_managers))
+        return self.manager.block_pool.get_num_free_blocks(), [
+            (
+                request.request_id,
+                request.num_computed_tokens,
+                [[i == 0 for i in held(self.manager, request, group)] for group in groups],
+            )
+            for request in self.running
+        ]
 
 
 prompts = st.tuples(st.integers(0, 2), st.integers(1, 150)).map(
@@ -87,105 +96,115 @@ operations = st.lists(
     ),
     max_size=40,
 )
-
-
-@given(
+any_pool = given(
     kind=st.sampled_from(sorted(KINDS)),
     num_blocks=st.integers(15, 90),
     r=st.sampled_from([16, 32, 64, 256]),
-    caching=st.booleans(),
     operations=operations,
 )
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_sequence_keeps_the_pool_whole(kind, num_blocks, r, caching, operations) -> None:
-    manager, growth = make_manager(kind, num_blocks, r, caching)
+ENOUGH = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@any_pool
+@ENOUGH
+def test_any_sequence_keeps_the_pool_whole(kind, num_blocks, r, operations) -> None:
+    manager = make_manager(kind, num_blocks, r)
     simulation = Simulation(manager)
     for operation, argument in operations:
-        running = simulation.running
-        if operation == "start":
-            simulation.start(argument)
-        elif operation == "step all":
-            for request in list(running):
-                simulation.step(request, argument)
-                verify(manager)
-        elif operation == "reset":
-            manager.reset_prefix_cache()
-        elif running:
-            index = argument[0] if operation == "step" else argument
-            request = running[index % len(running)]
-            if operation == "step":
-                simulation.step(request, argument[1])
-            else:
-                getattr(simulation, operation)(request)
+        simulation.do(operation, argument)
         verify(manager)
-        stats = growth.stats()
-        assert 0 <= stats.rows_spare <= stats.rows_reserved or stats.rows_reserved == 0
+        stats = growth_of(manager).stats()
+        assert 0 <= stats.rows_spare <= stats.rows_reserved
     for request in list(simulation.running):
         simulation.finish(request)
     verify(manager)
     assert manager.block_pool.get_num_free_blocks() == num_blocks - 1
-    assert growth.stats()[1:] == (0, 0)
+    assert growth_of(manager).stats()[1:] == (0, 0)
+
+
+@any_pool
+@ENOUGH
+def test_the_pool_is_as_full_as_vllms_own(kind, num_blocks, r, operations) -> None:
+    """The same requests are admitted, refused and preempted, and hold as many blocks.
+
+    Without prefix caching: with it other blocks are evicted, and the hits may differ.
+    """
+    ours = Simulation(make_manager(kind, num_blocks, r, caching=False))
+    theirs = Simulation(make_manager(kind, num_blocks, None, caching=False))
+    for operation, argument in operations:
+        ours.do(operation, argument)
+        theirs.do(operation, argument)
+        assert ours.picture() == theirs.picture()
 
 
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_growth_takes_adjacent_chunks(kind: str) -> None:
-    manager, growth = make_manager(kind, 60, r=64)
-    request = make_request("a", list(range(70)))
+    manager = make_manager(kind, 60, r=64)
+    request = add_request(manager, "a", list(range(70)))
+    other = add_request(manager, "b", list(range(1000, 1010)))
     manager.allocate_slots(request, 70)
+    manager.allocate_slots(other, 10)
     blocks = held(manager, request)
-    # 70 rows: two growths of 64, taken at once.
-    assert len(blocks) == 8
-    assert blocks == list(range(blocks[0], blocks[0] + 8))
-    assert growth.stats() == (1, 128, 58)
+    assert blocks == list(range(blocks[0], blocks[0] + 5)), "70 rows: five blocks, side by side"
+    stats = growth_of(manager).stats()
+    assert stats.growths == 2
+    assert stats.rows_reserved == 2 * 64 + 64, "two chunks and one"
+    request.num_computed_tokens = other.num_computed_tokens = 10
     request.num_computed_tokens = 70
+    assert growth_of(manager).stats().rows_spare == 2 * 64 - 70 + 64 - 10
     for _ in range(58):
         request.append_output_token_ids(1)
-        assert manager.allocate_slots(request, 1).get_block_ids(allow_none=True) is None
+        manager.allocate_slots(request, 1)
         request.num_computed_tokens += 1
-    assert growth.stats().growths == 1
+    after = held(manager, request)
+    assert after[5:] == [blocks[4] + 1, blocks[4] + 2, blocks[4] + 3], "into its second chunk"
+    assert growth_of(manager).stats().growths == 2
     request.append_output_token_ids(1)
     manager.allocate_slots(request, 1)
-    after = held(manager, request)
-    assert len(after) == 12
-    assert after[8:] == list(range(after[7] + 1, after[7] + 5))
-    assert growth.stats().growths == 2
+    assert growth_of(manager).stats().growths == 3
+    assert held(manager, request)[8] not in held(manager, other)
     verify(manager)
 
 
-def test_spare_blocks_are_not_cached() -> None:
-    manager, _ = make_manager("full", 60, r=64)
-    request = make_request("a", list(range(70)))
-    manager.allocate_slots(request, 70)
-    hashed = [b.block_hash is not None for b in manager.coordinator.get_blocks("a")[0]]
-    assert hashed == [True] * 4 + [False] * 4
-
-
-def test_spare_blocks_never_evict_a_cached_prefix() -> None:
-    manager, _ = make_manager("full", 25, r=64)
-    first = make_request("a", list(range(160)))
-    manager.allocate_slots(first, 160)
-    manager.free(first)
-    second = make_request("b", list(range(1000, 1150)))
-    manager.allocate_slots(second, 150)
-    # 24 blocks: 10 cached ones of a, 14 fresh ones; b needs 10 and gets fresh ones only.
-    again = make_request("c", list(range(160)))
-    assert manager.get_computed_blocks(again)[1] == 144
+def test_a_prompt_in_parts_lies_in_one_stretch() -> None:
+    """Others grow between the parts of a long prompt."""
+    manager = make_manager("full", 60, r=64)
+    long = add_request(manager, "long", list(range(160)))
+    others = [add_request(manager, f"o{i}", list(range(1000 * i, 1000 * i + 30))) for i in (1, 2)]
+    for part in range(5):
+        manager.allocate_slots(long, 32)
+        long.num_computed_tokens += 32
+        if part < 2:
+            manager.allocate_slots(others[part], 30)
+    blocks = held(manager, long)
+    assert blocks == list(range(blocks[0], blocks[0] + 10))
     verify(manager)
 
 
-def test_nearly_full_pool_grows_by_need() -> None:
-    manager, _ = make_manager("full", 14, r=64)
-    first = make_request("a", list(range(150)))
-    manager.allocate_slots(first, 150)
-    second = make_request("b", list(range(1000, 1010)))
-    # 13 blocks, 10 or more taken: b's one block is there, its chunk of four is not.
-    assert manager.allocate_slots(second, 10) is not None
-    assert len(held(manager, second)) <= 2
+def test_a_growth_evicts_the_prefix_that_is_next_to_go() -> None:
+    manager = make_manager("full", 25, r=64)
+    for name in ("old", "new"):
+        request = add_request(manager, name, list(range(len(name + "x" * (name == "new")), 190)))
+        manager.allocate_slots(request, len(request.prompt_token_ids))
+        manager.free(request)
+    third = add_request(manager, "third", list(range(5000, 5040)))
+    manager.allocate_slots(third, 40)
+    verify(manager)
+    again = add_request(manager, "again", list(range(4, 190)))
+    assert manager.get_computed_blocks(again)[1] == 176, "the younger prefix is whole"
+
+
+def test_spare_rows_refuse_nobody() -> None:
+    """Requests of one block each, r of four: as many as there are blocks."""
+    manager = make_manager("full", 41, r=64, caching=False)
+    for i in range(40):
+        assert manager.allocate_slots(add_request(manager, f"r{i}", [1] * 10), 10) is not None
+    assert manager.allocate_slots(add_request(manager, "late", [1] * 10), 10) is None
     verify(manager)
 
 
-def test_block_table_never_overflows() -> None:
-    manager, _ = make_manager("full", 60, r=256)
-    request = make_request("a", list(range(150)))
+def test_a_block_table_holds_what_is_needed() -> None:
+    manager = make_manager("full", 60, r=256)
+    request = add_request(manager, "a", list(range(150)))
     manager.allocate_slots(request, 150)
-    assert len(held(manager, request)) == -(-MAX_MODEL_LEN // BLOCK)
+    assert len(held(manager, request)) == -(-150 // BLOCK)
