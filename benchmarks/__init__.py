@@ -4,6 +4,7 @@
     step       a whole decode step of vLLM: BMC against CPU_ATTN
     generate   a decode step of Hugging Face generation and DeepSpeed, with BMC and without
     growth     the r that the analytical model picks against measured times
+    pool       block tables of a worn KV pool: BMC's block managers against vLLM's own
 
 Promises that every number stands beside its peers' and beside this machine's measured ceilings,
 all from one run, and that a system whose answer is wrong fails the run. `lib` knows no command,

@@ -13,7 +13,6 @@ nothing of layers or memory; which blocks are taken is `free_chunks.ChunkedFreeQ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,7 +83,12 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """vLLM's method, whose new blocks are the next of the request's chunk."""
-        with self._placing(request_id, num_tokens):
+        blocks = self.req_to_blocks[request_id]
+        if num_tokens <= len(blocks) * self.block_size and request_id not in self._partial_hit_reqs:
+            return []  # As vLLM's method, at once: most steps of most requests end here.
+        if self._growth is None:
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        with self._growth.queue.placing(self._place(request_id, blocks, num_tokens)):
             return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def allocate_external_computed_blocks(
@@ -95,30 +99,32 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         record_for_zeroing: bool = True,
     ) -> None:
         """vLLM's method (rows that a connector brings), placed in the same way."""
-        num_tokens = num_local_computed_tokens + num_external_computed_tokens
-        with self._placing(request_id, num_tokens):
-            super().allocate_external_computed_blocks(
-                request_id,
-                num_local_computed_tokens,
-                num_external_computed_tokens,
-                record_for_zeroing,
-            )
-
-    def _placing(self, request_id: str, num_tokens: int) -> AbstractContextManager[None]:
+        arguments = (
+            request_id,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+            record_for_zeroing,
+        )
+        if self._growth is None:
+            return super().allocate_external_computed_blocks(*arguments)
         blocks = self.req_to_blocks[request_id]
-        held = len(blocks) * self.block_size
-        if self._growth is None or num_tokens <= held:
-            return _NOWHERE
-        # The whole prompt gets a stretch with its first chunk.
+        num_tokens = num_local_computed_tokens + num_external_computed_tokens
+        with self._growth.queue.placing(self._place(request_id, blocks, num_tokens)):
+            return super().allocate_external_computed_blocks(*arguments)
+
+    def _place(self, request_id: str, blocks: list[KVCacheBlock], num_tokens: int) -> Place:
+        """Behind the request's last block; the whole prompt gets room with its first chunk."""
+        assert self._growth is not None
         request = self._growth.requests.get(request_id)
         rows = max(num_tokens, request.num_prompt_tokens if request is not None else 0)
         last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
-        place = Place(self._owner(request_id), last, cdiv(rows - held, self.block_size))
-        return self._growth.queue.placing(place)
+        return Place(self._owner(request_id), last, cdiv(rows, self.block_size) - len(blocks))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self._growth is not None:
-            self._growth.queue.release(self._owner(request_id))
+            blocks = self.req_to_blocks.get(request_id)
+            last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
+            self._growth.queue.release(self._owner(request_id), last)
         return super().pop_blocks_for_free(request_id)
 
     def _owner(self, request_id: str) -> tuple[int, str]:
@@ -143,9 +149,6 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         """Checks the pool and every manager on it; see ``integrity.check_integrity``."""
         managers = self._growth.managers if self._growth is not None else [self]
         check_integrity(self.block_pool, managers)
-
-
-_NOWHERE: AbstractContextManager[None] = nullcontext()
 
 
 class BMCFullAttentionManager(_ChunkedGrowth, FullAttentionManager):

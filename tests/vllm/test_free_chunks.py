@@ -53,7 +53,7 @@ def test_the_rest_of_a_prompt_is_kept() -> None:
     assert take(pool, 7, "a", after=3) == [4, 5, 6, 7, 8, 9, 10]
     assert queue.num_spare("a", 10) == 2
     assert take(pool, 5, "c", room=12) == [17, 18, 19, 20, 21]
-    queue.release("c")
+    queue.release("c", 21)
     assert queue.num_spare("c", 21) == 3
 
 
@@ -95,6 +95,40 @@ def test_a_young_neighbour_is_spared() -> None:
     # 3 is the oldest, 2 (in front of it) the youngest, 4 (behind it) the next.
     found = take(pool, 6 * CHUNK, "new")
     assert set(found) <= {*requests[3], *requests[4]}
+
+
+def test_a_prefix_that_was_found_again_is_spared_once() -> None:
+    pool = pool_of(20)
+    requests = [take(pool, CHUNK, str(i)) for i in range(20)]
+    found = [pool.blocks[i] for i in requests[0]]
+    free(pool, requests[0])
+    pool.touch(found)
+    pool.free_blocks(found[::-1])
+    for blocks in requests[1:]:
+        free(pool, blocks)
+    # The oldest of all, but it goes last.
+    assert not set(take(pool, 19 * CHUNK, "a")) & set(requests[0])
+    assert take(pool, CHUNK, "b") == requests[0]
+
+
+def test_no_young_prefix_goes_because_it_lies_behind_a_chunk() -> None:
+    pool = pool_of(40)
+    requests = [take(pool, CHUNK, str(i)) for i in range(40)]
+    young = range(1, 5)
+    for i in (*range(5, 40), *young):
+        free(pool, requests[i])
+    (block,) = take(pool, 1, "0", after=requests[0][-1])
+    assert not any(block in requests[i] for i in young)
+
+
+def test_a_growth_takes_what_an_ended_request_left_of_its_chunk() -> None:
+    pool = pool_of(8)
+    blocks = take(pool, 1, "a")
+    take(pool, 1, "b")
+    pool.free_block_queue.release("a", blocks[-1])
+    free(pool, blocks)
+    assert take(pool, 1, "c") == [2]
+    assert take(pool, 2, "c", after=2) == [3, 4]
 
 
 def test_single_blocks_are_used_up_when_they_are_many() -> None:
@@ -144,7 +178,7 @@ def test_chunks_and_links_agree(operations, caching, num_chunks, size) -> None:
         if give:
             for block in blocks[::3]:
                 block.set_block_hash(b"%d" % block.block_id) if block.block_hash is None else None
-            queue.release(owner)
+            queue.release(owner, blocks[-1].block_id if blocks else None)
             pool.free_blocks(blocks[::-1])
             owned[owner] = []
         elif n <= pool.get_num_free_blocks():

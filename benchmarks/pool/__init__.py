@@ -1,0 +1,1 @@
+"""`python -m benchmarks pool`: block tables of a KV pool that was used over and over."""
