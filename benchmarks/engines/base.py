@@ -110,6 +110,9 @@ class Engine(ABC):
         """Greedy generation as a user calls it, of int64 prompts `[sequences, rows]`; returns all
         tokens `[sequences, rows + new]`. What `fill` has put there is gone."""
 
+    def wear(self) -> None:  # noqa: B027
+        """Leaves what `fill` takes its memory from as after long service, where that matters."""
+
     def counted(self) -> Counted | None:
         """None where the framework does not count."""
         return None

@@ -24,6 +24,8 @@ TREE = Path(__file__).resolve().parents[2]
 BACKENDS = {"bmc_vllm": "BMC", "cpu_attn": "CPU_ATTN"}
 CALL_SECONDS = 600.0
 """For a request; the longest ones build an engine, or run prompts through the model."""
+TURNOVERS = 10
+"""How often a worn pool was used through."""
 MARGIN = 64
 """Rows for the tokens that sequences get while others are still prefilled."""
 
@@ -113,6 +115,9 @@ class VLLM(Engine):
         """None: the pool is there since `start`."""
         return 0
 
+    def wear(self) -> None:
+        self._ask("wear", turnovers=TURNOVERS)
+
     def empty(self) -> None:
         """The sequences end; the pool stays."""
         self._ask("empty")
@@ -127,9 +132,9 @@ class VLLM(Engine):
 
 
 def pool_bytes(shape: LlamaShape, batch: Batch) -> int:
-    """KV pool for the batch and its new rows, with room for chunks begun."""
-    rows = batch.rows + batch.new_rows + MARGIN + 512
-    return int(1.1 * batch.sequences * rows * shape.row_bytes)
+    """KV pool for the batch and its new rows, and a quarter more, as servers have it."""
+    rows = batch.rows + batch.new_rows + MARGIN + 128
+    return int(1.25 * batch.sequences * rows * shape.row_bytes)
 
 
 def environment(bind: str, cache: Path) -> dict[str, str]:

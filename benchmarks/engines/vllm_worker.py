@@ -37,7 +37,7 @@ class Worker:
             max_num_seqs=batch,
             max_num_batched_tokens=max(8192, batch),
             kv_cache_memory_bytes=pool_bytes,
-            enable_prefix_caching=False,
+            enable_prefix_caching=True,
             attention_backend=backend,
             disable_log_stats=True,
             seed=0,
@@ -60,6 +60,23 @@ class Worker:
         while self.engine.has_unfinished_requests():
             self.engine.step()
         self.tokens = {}
+
+    def wear(self, turnovers: int) -> dict[str, Any]:
+        """Block tables as of a server that has served mixed requests for long. The model does not
+        run: the scheduler is answered with drawn tokens."""
+        from benchmarks.lib.load import Load
+        from benchmarks.lib.served import Served, wear
+
+        self._abort()
+        core: Any = self.engine.engine_core
+        scheduler = core.engine_core.scheduler
+        config = self.engine.vllm_config
+        rows = scheduler.kv_cache_config.num_blocks * config.cache_config.block_size
+        longest = config.model_config.max_model_len - 400
+        prompts = (min(200, longest // 2), min(1500, longest))
+        load = Load("worn", config.scheduler_config.max_num_seqs, rows, prompts=prompts)
+        wear(Served(scheduler, core.engine_core.request_block_hasher), load, turnovers)
+        return {}
 
     def empty(self) -> dict[str, Any]:
         """Ends the batch."""

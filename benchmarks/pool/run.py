@@ -19,9 +19,10 @@ from typing import NamedTuple
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from benchmarks.lib.goals import Goal, Verdict, holding, load, under_load
+from benchmarks.lib.load import Load, Requests
 from benchmarks.lib.record import Record, Recorder
-from benchmarks.pool.cases import ADMISSIONS, Admission, Load, Requests, System
-from benchmarks.pool.scheduling import Served
+from benchmarks.pool.cases import ADMISSIONS, Admission, System
+from benchmarks.pool.scheduling import served
 from bmc_core.costs.measure import Progress
 from bmc_vllm.scheduler import BMCScheduler
 
@@ -138,7 +139,7 @@ class _Worn:
     def __init__(self, one: Load, system: System, seed: int) -> None:
         self.load, self.system = one, system
         self.num_blocks = one.pool_rows // system.block_size + 1
-        self.served = Served(system, one.requests, one.max_rows, self.num_blocks, one.caching)
+        self.served = served(system, one.requests, one.max_rows, self.num_blocks, one.caching)
         self.requests = Requests(one, seed)
         self.turnovers: list[Turnover] = []
         self.asked = self.hit = 0
@@ -241,15 +242,15 @@ def _admissions(systems: Sequence[System]) -> tuple[list[Admitted], list[str]]:
 
 
 def _admit(one: Admission, name: str, system: System) -> Admitted:
-    served = Served(system, 256, 2048, one.blocks, caching=False)
+    pool = served(system, 256, 2048, one.blocks, caching=False)
     for _ in range(one.requests):
-        served.add([1] * one.prompt, one.outputs)
+        pool.add([1] * one.prompt, one.outputs)
     steps = most = 0
-    while served.scheduler.has_unfinished_requests():
-        served.step()
+    while pool.scheduler.has_unfinished_requests():
+        pool.step()
         steps += 1
-        most = max(most, len(served.scheduler.running) + len(served.ended))
-    return Admitted(one, name, steps, most, served.preempted)
+        most = max(most, len(pool.scheduler.running) + len(pool.ended))
+    return Admitted(one, name, steps, most, pool.preempted)
 
 
 def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:

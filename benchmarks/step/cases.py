@@ -22,6 +22,8 @@ CASES = (
     StepCase("mha 8x2000", MHA, 8, 2000),
     StepCase("mha 16x4000", MHA, 16, 4000),
     StepCase("gqa 16x8000", GQA, 16, 8000),
+    StepCase("mha 1x2000", MHA, 1, 2000),
+    StepCase("mha 8x256", MHA, 8, 256),
 )
 
 

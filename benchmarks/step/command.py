@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -17,6 +18,14 @@ from benchmarks.lib.command import (
     run_shown,
 )
 from bmc_core.cli.options import refuse
+
+
+class Pool(StrEnum):
+    """Which KV pools are measured."""
+
+    worn = "worn"
+    virgin = "virgin"
+    both = "both"
 
 
 def command(
@@ -42,6 +51,13 @@ def command(
             "drawn rows that each backend writes by itself.",
         ),
     ] = False,
+    pool: Annotated[
+        Pool,
+        typer.Option(
+            help="KV pool: worn (used through ten times by mixed requests, as a server's after "
+            "hours), virgin (new), or both."
+        ),
+    ] = Pool.both,
     goals: GoalsOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -62,7 +78,13 @@ def command(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     options = run.Options(
-        cases, bind or run.default_bind(), rounds, steps, compile_model, not prefill
+        cases,
+        bind or run.default_bind(),
+        rounds,
+        steps,
+        compile_model,
+        not prefill,
+        run.POOLS if pool is Pool.both else (str(pool),),
     )
     shown_on = console()
     found = run_shown(run.run, options, shown_on, WorkerError, MemoryError)

@@ -17,8 +17,8 @@ from benchmarks.step.run import Report, Row
 def document(report: Report) -> dict[str, Any]:
     """The run as plain data: the head of `lib/record.py`, and
 
-    "settings": {bind, rounds, steps, compile, drawn}, "read_gb_s",
-    "rows": [{case, model, layers, hidden, heads, kv_heads, head_size, batch, rows, system,
+    "settings": {bind, rounds, steps, compile, drawn, pools}, "read_gb_s",
+    "rows": [{case, pool, model, layers, hidden, heads, kv_heads, head_size, batch, rows, system,
               threads, ms, ms_low, ms_high, ms_min, spread, steps, tokens_per_second, floor_ms,
               floor_binds, ratio, logits_error, logits_error_after,
               tokens_agree}]
@@ -26,7 +26,7 @@ def document(report: Report) -> dict[str, Any]:
     floor_ms is what reading weights and rows, or multiplying with them, takes at the measured
     ceilings; floor_binds says which ("reads", "products").
     """
-    names = ("bind", "rounds", "steps", "compile", "drawn")
+    names = ("bind", "rounds", "steps", "compile", "drawn", "pools")
     return record.document(
         "step",
         report.record,
@@ -44,6 +44,7 @@ def _row(row: Row) -> dict[str, Any]:
     widths = ("layers", "hidden", "heads", "kv_heads", "head_size")
     return {
         "case": case.name,
+        "pool": row.pool,
         "model": shape.name,
         **{name: getattr(shape, name) for name in widths},
         "batch": case.batch,
@@ -82,7 +83,7 @@ def _table(report: Report) -> Table:
         f"floor: what binds at {report.read_gb_s:.1f} GB/s and this machine's products",
         title_justify="left",
     )
-    for name in ("case", "system"):
+    for name in ("case", "pool", "system"):
         table.add_column(name)
     columns = (
         "ms",
@@ -100,6 +101,7 @@ def _table(report: Report) -> Table:
         ours = not row.peer
         table.add_row(
             row.case.name if ours else "",
+            row.pool if ours else "",
             row.title,
             f"{row.timing.ms:.1f}",
             percent(spread_of(row.timing)),

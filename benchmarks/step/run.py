@@ -1,5 +1,6 @@
 """A whole decode step of vLLM: both engines alive, stepped in turns.
 
+Measured in a worn KV pool with prefix caching on, as users run vLLM, and then in a virgin one.
 Promises that both engines live at the same time in processes of their own with the same thread
 binding; that both read rows written by their own backend; and that a side whose logits are not
 finite, or are not the other's, makes the run fail. Knows nothing of files and terminals.
@@ -38,12 +39,14 @@ from bmc_core.machine.cpu import allowed_cpus, to_list_text
 GOALS = load(Path(__file__).with_name("goals.toml"))
 OURS, PEER = VLLM
 WARM_STEPS = 2
+WORN, VIRGIN = POOLS = ("worn", "virgin")
+"""A pool that mixed requests have used through many times, as users' are; one that is new."""
 
 
 @dataclass(frozen=True)
 class Options:
     """A run: `rounds` turns of `steps` timed steps for each engine. `bind` is the value of
-    VLLM_CPU_OMP_THREADS_BIND; `drawn`: see `vllm_worker.Worker.fill`."""
+    VLLM_CPU_OMP_THREADS_BIND; `drawn`: see `vllm_worker.Worker.fill`; `pools`: of `POOLS`."""
 
     cases: Sequence[StepCase]
     bind: str
@@ -51,6 +54,7 @@ class Options:
     steps: int = 6
     compile: bool = False
     drawn: bool = True
+    pools: Sequence[str] = POOLS
 
     @property
     def settings(self) -> Settings:
@@ -66,6 +70,7 @@ class Row(NamedTuple):
     """One engine on one case.
 
     Attributes:
+        pool: one of `POOLS`.
         timing: of the decode steps.
         floor: what a step takes at least here.
         ratio: the other engine's median over this one's.
@@ -77,6 +82,7 @@ class Row(NamedTuple):
     """
 
     case: StepCase
+    pool: str
     system: str
     title: str
     peer: bool
@@ -157,19 +163,33 @@ class _Case:
             for engine in engines.values():
                 stack.callback(engine.close)
             self._start(engines, batch, stack)
-            logits = {name: self._logits(engine) for name, engine in engines.items()}
-            for engine in engines.values():
-                engine.step(WARM_STEPS)
-            steps, _ = take_turns(
-                engines,
-                self.options.rounds,
-                lambda engine: self.options.steps,
-                Budget(None),
-                lambda done: self.tell("stepping in turns", 0.65 + 0.35 * done),
-            )
-            tokens = {name: engine.tokens() for name, engine in engines.items()}
-            after = {name: self._logits(engine) for name, engine in engines.items()}
-        return self._rows(engines, (logits, after), steps, tokens)
+            rows: list[Row] = []
+            # The virgin pool first: it is one only once.
+            for pool in sorted(self.options.pools, key=POOLS.index, reverse=True):
+                rows = self._measure(pool, engines, batch) + rows
+        return rows
+
+    def _measure(self, pool: str, engines: dict[str, Engine], batch: Batch) -> list[Row]:
+        for engine in engines.values():
+            self.tell(f"{engine.title}: {batch.sequences} x {batch.rows} rows, {pool} pool", 0.65)
+            if pool == WORN:
+                engine.wear()
+            engine.fill(batch)
+        logits = {name: self._logits(engine) for name, engine in engines.items()}
+        for engine in engines.values():
+            engine.step(WARM_STEPS)
+        steps, _ = take_turns(
+            engines,
+            self.options.rounds,
+            lambda engine: self.options.steps,
+            Budget(None),
+            lambda done: self.tell(f"stepping in turns, {pool} pool", 0.65 + 0.35 * done),
+        )
+        tokens = {name: engine.tokens() for name, engine in engines.items()}
+        after = {name: self._logits(engine) for name, engine in engines.items()}
+        for engine in engines.values():
+            engine.empty()
+        return self._rows(pool, engines, (logits, after), steps, tokens)
 
     def _start(self, engines: dict[str, Engine], batch: Batch, stack: ExitStack) -> None:
         self.tell("writing the model", 0.0)
@@ -178,9 +198,6 @@ class _Case:
         for place, engine in enumerate(engines.values()):
             self.tell(f"{engine.title}: starting", 0.05 + 0.3 * place)
             engine.start(model, batch)
-            text = f"{engine.title}: {batch.sequences} x {batch.rows} rows"
-            self.tell(text, 0.15 + 0.3 * place)
-            engine.fill(batch)
 
     def _logits(self, engine: Engine) -> torch.Tensor:
         logits = engine.logits()
@@ -192,6 +209,7 @@ class _Case:
 
     def _rows(
         self,
+        pool: str,
         engines: dict[str, Engine],
         logits: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
         steps: dict[str, list[Step]],
@@ -215,7 +233,7 @@ class _Case:
             ratio = timings[other].ms / timings[name].ms
             agree = agreement(tokens[name], tokens[PEER])
             side = (engine.name, engine.title, engine.peer, threads[name])
-            rows.append(Row(case, *side, timings[name], floor, ratio, error, after, agree))
+            rows.append(Row(case, pool, *side, timings[name], floor, ratio, error, after, agree))
         return rows
 
     def _errors(
@@ -259,7 +277,7 @@ def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:
 
 def judge(rows: Sequence[Row], goals: Sequence[Goal]) -> list[Verdict]:
     """Each goal of a case that was measured; no step is faster than the floor."""
-    found = {(row.case.name, row.system): row for row in rows}
+    found = {(row.case.name, row.system): row for row in reversed(rows)}  # worn before virgin
     verdicts = []
     for goal in goals:
         row = found.get((goal.case, goal.system))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.lib.load import Load, Requests
 from benchmarks.pool import plot, report, run
-from benchmarks.pool.cases import Admission, Load, Requests, systems_for
+from benchmarks.pool.cases import Admission, systems_for
 from bmc_vllm.free_chunks import ChunkedFreeQueue
 
 SMALL = Load("small", 6, 8192, prompts=(60, 400), outputs=(30, 90), prefixes=2)
