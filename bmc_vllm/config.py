@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bmc_core.policy import DEFAULT_R
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "bmc"
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class BMCConfig:
     """Settings of the BMC backend.
 
     Attributes:
-        r: rows per growth, a positive multiple of the block size. Nothing is copied when a block
-            table grows, so that the costs from which ``"auto"`` follows elsewhere are zero here:
-            ``"auto"`` is refused. None, where it is left out: 128, rounded up to whole blocks.
+        r: rows per growth, a positive multiple of the block size; ``"auto"``: measured when the
+            engine starts, see `auto_r`. None, where it is left out: 128. The last two are rounded
+            up to whole blocks.
         release_free_memory: give the pages of freed blocks that hold no cached prefix back to
             the operating system after each step. Off by default: re-used pages cost a page
             fault each, and the pool is not on huge pages, which attention reads faster.
     """
 
-    r: int | None = None
+    r: int | Literal["auto"] | None = None
     release_free_memory: bool = False
 
     @classmethod
@@ -51,11 +52,11 @@ class BMCConfig:
                 f"allowed: {allowed}"
             )
         r = settings.get("r")
-        valid = isinstance(r, int) and not isinstance(r, bool) and r > 0
+        valid = r == AUTO or (isinstance(r, int) and not isinstance(r, bool) and r > 0)
         if "r" in settings and not valid:
             raise ValueError(
                 f"additional_config[{KEY!r}]['r']={r!r}: expected a positive multiple of the block "
-                f"size (an int, in rows; default {DEFAULT_R})"
+                f"size (an int, in rows; default {DEFAULT_R}) or {AUTO!r}"
             )
         release = settings.get("release_free_memory", False)
         if not isinstance(release, bool):
@@ -78,7 +79,7 @@ class BMCConfig:
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless ``r`` is a whole number of blocks of ``block_size`` rows."""
-        if self.r is not None and self.r % block_size:
+        if isinstance(self.r, int) and self.r % block_size:
             below = self.r // block_size * block_size
             near = [str(rows) for rows in (below, below + block_size) if rows]
             raise ValueError(
@@ -87,10 +88,10 @@ class BMCConfig:
             )
 
     def rows(self, block_size: int) -> int:
-        """Rows per growth: ``r`` in whole blocks, rounded up.
+        """Rows per growth: ``r``, unless it is measured, in whole blocks, rounded up.
 
         A given ``r`` is a multiple of the block size that was configured; with hybrid models vLLM
         makes blocks larger afterwards, to the size of a layer's state.
         """
-        rows = DEFAULT_R if self.r is None else self.r
+        rows = self.r if isinstance(self.r, int) else DEFAULT_R
         return -(-rows // block_size) * block_size

@@ -20,7 +20,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 
-from bmc_vllm.config import BMCConfig
+from bmc_vllm.auto_r import measured_r
+from bmc_vllm.config import AUTO, BMCConfig
 from bmc_vllm.integrity import check_integrity
 from bmc_vllm.kv_cache_manager import GrowthStats, configure_growth
 from bmc_vllm.metrics import StatsWriter
@@ -41,11 +42,12 @@ class BMCScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = BMCConfig.from_vllm_config(self.vllm_config)
-        self.growth = configure_growth(
-            self.kv_cache_manager.coordinator.single_type_managers,
-            config.rows(self.vllm_config.cache_config.block_size),
-            self.requests,
-        )
+        if config.r == AUTO:
+            r = measured_r(self.vllm_config, self.kv_cache_config)
+        else:
+            r = config.rows(self.vllm_config.cache_config.block_size)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.growth = configure_growth(managers, r, self.requests)
         if self.growth is not None and config.release_free_memory:
             self.growth.queue.remember_discarded()
         self._stats = StatsWriter(self.vllm_config.parallel_config.data_parallel_index)

@@ -17,6 +17,12 @@ def test_default_r(settings: object) -> None:
     assert config.rows(48) == 144
 
 
+def test_auto_r_needs_no_whole_blocks() -> None:
+    config = BMCConfig.from_dict({"r": "auto"})
+    config.check_block_size(48)
+    assert config.r == "auto"
+
+
 def test_r_is_rounded_up_where_vllm_made_blocks_larger() -> None:
     """As it does for hybrid models, long after the settings were checked."""
     config = BMCConfig(r=256)
@@ -29,7 +35,7 @@ def test_r_is_rounded_up_where_vllm_made_blocks_larger() -> None:
     [
         ({"r": 0}, r"\['r'\]=0: expected a positive multiple of the block size"),
         ({"r": -32}, "=-32: expected a positive"),
-        ({"r": "auto"}, r"'auto': expected .*an int, in rows; default 128"),
+        ({"r": "Auto"}, r"'Auto': expected .*an int, in rows; default 128\) or 'auto'"),
         ({"r": None}, "None: expected"),
         ({"r": 64.0}, "64.0: expected"),
         ({"r": True}, "True: expected"),

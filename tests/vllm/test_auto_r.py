@@ -1,0 +1,43 @@
+"""`"r": "auto"` in an engine: what was measured is what the managers grow by."""
+
+import logging
+
+import pytest
+
+from bmc_core.costs.pieces import PIECES
+from bmc_vllm import auto_r
+from tests.support.engines import engine, generate, scheduler
+from tests.support.models import ModelStore
+
+
+def test_auto_is_measured(
+    model_dir: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def short(*args, **settings):
+        asked.append(args)
+        return piece_seconds(*args, **{**settings, "seconds": 0.0, "most": 1 << 20})
+
+    piece_seconds = auto_r.piece_seconds
+    monkeypatch.setattr(auto_r, "piece_seconds", short)
+    auto = {"bmc": {"r": "auto"}}
+    with (
+        caplog.at_level(logging.INFO, logger="vllm.bmc"),
+        engine(model_dir("llama-gqa"), "BMC", additional_config=auto) as llm,
+    ):
+        growth = scheduler(llm).growth
+        assert growth.queue.chunk_blocks * 32 in PIECES
+        assert len(generate(llm, [[1, 2, 3]], max_tokens=4)[0]) == 4
+    assert [args[:2] for args in asked] == [(2, 32)]
+
+
+def test_where_nothing_can_be_measured(
+    model_dir: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args, **settings):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(auto_r, "piece_seconds", fails)
+    with engine(model_dir("llama-gqa"), "BMC", additional_config={"bmc": {"r": "auto"}}) as llm:
+        assert scheduler(llm).growth.queue.chunk_blocks == 4
