@@ -142,6 +142,9 @@ class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in layer_names]
+        self._impls_with_sinks = [impl for impl in impls if impl.sinks is not None]
 
     def build(
         self,
@@ -155,6 +158,9 @@ class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]
                 "attention backend BMC: a causal mask that differs per request is not supported; "
                 "select CPU_ATTN"
             )
+        # Weights may be written in place between two steps, and nothing tells of it.
+        for impl in self._impls_with_sinks:
+            impl.refresh_sinks()
         num_reqs = common.num_reqs
         batch = AttentionBatch(
             common.query_start_loc[: num_reqs + 1].to(torch.int32),
@@ -212,9 +218,18 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
         self.sinks: torch.Tensor | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        # The parameter is empty until the checkpoint is read; the kernel wants float32.
+        # The parameter is empty until the checkpoint is read.
         if self._sinks_parameter is not None:
-            self.sinks = self._sinks_parameter.detach().to(torch.float32).contiguous()
+            self.refresh_sinks()
+
+    def refresh_sinks(self) -> None:
+        """Takes the attention sinks over from their parameter; the kernel wants float32."""
+        assert self._sinks_parameter is not None
+        if self.sinks is None:
+            self.sinks = torch.empty_like(
+                self._sinks_parameter, dtype=torch.float32, memory_format=torch.contiguous_format
+            ).requires_grad_(False)
+        self.sinks.copy_(self._sinks_parameter.detach())
 
     def forward(
         self,
