@@ -1,12 +1,13 @@
 """vLLM's CPU worker with a KV pool that is resident only where it is used.
 
-Promises that model execution is vLLM's. Four hooks:
+Promises that model execution is vLLM's. Five hooks:
 
 - ``_maybe_get_memory_pool_context``: vLLM's own place for a worker to bring its allocator for the
   KV cache; gives the pool's mapping instead of zeros that are written;
 - ``initialize_from_config``: learns the pool's layout, then logs the one line that says what runs;
 - ``execute_model``: releases the memory of blocks that the scheduler names, before the step;
-- both report the pool's memory for ``/metrics``.
+- ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine;
+- two of them report the pool's memory for ``/metrics``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.cores import idle_core_warning
+from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.memory import KVPoolMemory
 from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.scheduler import RELEASED_BLOCKS
@@ -79,6 +81,12 @@ class BMCWorker(CPUWorker):
         if idle or time.monotonic() >= self._next_measure:
             self._report_memory()
         return output
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        if self.use_v2_model_runner:  # draws by seed and position, and has no generators
+            return super().sample_tokens(grammar_output)
+        with only_for_kept_tokens(self.model_runner):
+            return super().sample_tokens(grammar_output)
 
     def _report_memory(self) -> None:
         if self._memory is None or self._stats is None:
