@@ -6,6 +6,8 @@ One test per hook: when vLLM moves it, the test that fails says which file of ``
 import inspect
 
 import torch
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,11 +16,24 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from bmc_vllm.attention import KNOWN_FIELDS
 from bmc_vllm.free_chunks import ChunkedFreeQueue
+from bmc_vllm.selector import WORDS
 
 
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+def test_selector_fields() -> None:
+    """selector.py, attention.py: a layer is described by these fields, and each reason for which
+    a backend is refused is one that we have words for. A new field makes layers fall back."""
+    assert AttentionSelectorConfig._fields == KNOWN_FIELDS
+    asked = set(parameters(AttentionBackend.validate_configuration)) - {"device_capability"}
+    assert asked == set(KNOWN_FIELDS)
+    source = inspect.getsource(AttentionBackend.validate_configuration)
+    source = source.replace('"\n                "', "")  # a string in two parts
+    assert [reason for reason in WORDS if f'"{reason}"' not in source] == []
 
 
 def test_free_chunks_queue() -> None:
