@@ -29,7 +29,9 @@ from bmc_vllm.cores import idle_core_warning
 from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.memory import KVPoolMemory
 from bmc_vllm.metrics import StatsWriter
+from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
 from bmc_vllm.scheduler import RELEASED_BLOCKS
+from bmc_vllm.startup import attention_layers, groups_in_words, layers_in_words
 
 logger = logging.getLogger("vllm.bmc")
 
@@ -68,7 +70,7 @@ class BMCWorker(CPUWorker):
                 )
         self._report_memory()
         if self.is_driver_worker:
-            self._log_start()
+            self._log_start(kv_cache_config)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         released = getattr(scheduler_output, RELEASED_BLOCKS, None)
@@ -97,15 +99,19 @@ class BMCWorker(CPUWorker):
         end = time.monotonic()
         self._next_measure = end + max(MEASURE_SECONDS, MEASURE_SHARE * (end - start))
 
-    def _log_start(self) -> None:
+    def _log_start(self, kv_cache_config: KVCacheConfig) -> None:
         block_size = self.cache_config.block_size
         threads = torch.get_num_threads()
-        logger.info(
-            "BMC: attention backend BMC, instruction set %s, dtype %s, r=%d rows, block size %d "
-            "rows, %d threads",
+        ours = self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
+        rows = self._settings.rows(block_size) if ours else None
+        layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
+        logger.log(
+            logging.INFO if BACKEND_NAME in layers else logging.WARNING,
+            "BMC: %s; %s; instruction set %s, dtype %s, block size %d rows, %d threads",
+            layers_in_words(layers),
+            groups_in_words(kv_cache_config.kv_cache_groups, rows),
             native.isa(),
             str(self.model_config.dtype).removeprefix("torch."),
-            self._settings.rows(block_size),
             block_size,
             threads,
         )
