@@ -15,6 +15,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from bmc_vllm.attention import KNOWN_FIELDS
 from bmc_vllm.free_chunks import ChunkedFreeQueue
@@ -80,6 +82,17 @@ def test_scheduler_steps() -> None:
     output = SchedulerOutput.make_empty()
     output.bmc_released_blocks = [1]  # type: ignore[attr-defined]
     assert output.bmc_released_blocks == [1]  # type: ignore[attr-defined]
+
+
+def test_generators_of_discarded_tokens() -> None:
+    """generators.py: the runner sets the generators that it finds in the batch back by an offset,
+    and samples with the same mapping; the worker's method is all that calls it."""
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert "self.discard_request_mask.np[:num_reqs]" in source
+    assert "gen = self.input_batch.generators.get(int(i))" in source
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+    assert "generators=self.generators," in inspect.getsource(InputBatch._make_sampling_metadata)
+    assert "self.model_runner.sample_tokens(" in inspect.getsource(CPUWorker.sample_tokens)
 
 
 def test_worker_allocates_inside_the_context() -> None:
