@@ -162,7 +162,7 @@ class BMCAttentionBackend(AttentionBackend):
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"attention backend BMC: the head sizes of keys ({spec.head_size}) and values "
-                f"({spec.head_size_v}) differ; allowed: equal ones. Select CPU_ATTN."
+                f"({spec.head_size_v}) differ; allowed: equal ones, with CPU_ATTN as well"
             )
         return to_bmc_spec(spec)
 

@@ -13,12 +13,14 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from bmc_vllm.attention import KNOWN_FIELDS
+from bmc_core.attention import AttentionBatch
+from bmc_vllm.attention import KNOWN_FIELDS, BMCAttentionMetadata
 from bmc_vllm.free_chunks import ChunkedFreeQueue
 from bmc_vllm.selector import WORDS
 
@@ -36,6 +38,17 @@ def test_selector_fields() -> None:
     source = inspect.getsource(AttentionBackend.validate_configuration)
     source = source.replace('"\n                "', "")  # a string in two parts
     assert [reason for reason in WORDS if f'"{reason}"' not in source] == []
+
+
+def test_a_drafter_asks_the_metadata_whether_it_is_causal() -> None:
+    """attention.py: vLLM's drafter ends the engine unless the metadata says that it is not."""
+    source = inspect.getsource(DFlashProposer.build_per_group_and_layer_attn_metadata)
+    assert 'getattr(attn_metadata, "causal", None) is False' in source
+    starts, lengths = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    table = torch.tensor([[1]], dtype=torch.int32)
+    for causal in (False, True):
+        batch = AttentionBatch(starts, lengths, table, 16, causal=causal)
+        assert BMCAttentionMetadata(batch, 3).causal is causal
 
 
 def test_free_chunks_queue() -> None:
