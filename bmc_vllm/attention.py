@@ -8,7 +8,7 @@ are handed out: correctness never depends on blocks being adjacent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from bmc_core.attention import (
@@ -45,6 +46,35 @@ FP8_KV_CACHE = {
 }
 """Quantized caches by vLLM's names; vLLM hands them over as uint8."""
 
+PLAIN_KV_CACHE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Caches of a dtype by vLLM's names; the kernel takes the model's own."""
+
+KNOWN_FIELDS = (
+    "head_size",
+    "dtype",
+    "kv_cache_dtype",
+    "block_size",
+    "use_mla",
+    "has_sink",
+    "use_sparse",
+    "use_mm_prefix",
+    "use_per_head_quant_scales",
+    "attn_type",
+    "has_sliding_window",
+    "use_non_causal",
+    "use_batch_invariant",
+    "use_kv_connector",
+    "use_pcp",
+    "use_adaptive_verification",
+    "use_dcp",
+    "use_rswa",
+)
+"""What vLLM 0.32 asks of a backend, the fields of its ``AttentionSelectorConfig``."""
+
+
+def _unknown(layer: Mapping[str, Any]) -> list[str]:
+    return [name for name in layer if name not in (*KNOWN_FIELDS, "device_capability")]
+
 
 class BMCAttentionBackend(AttentionBackend):
     """What the kernel can take, in vLLM's terms."""
@@ -53,7 +83,7 @@ class BMCAttentionBackend(AttentionBackend):
     forward_includes_kv_cache_update: bool = False
 
     supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *FP8_KV_CACHE]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *PLAIN_KV_CACHE, *FP8_KV_CACHE]
 
     @staticmethod
     def get_name() -> str:
@@ -107,12 +137,32 @@ class BMCAttentionBackend(AttentionBackend):
         return False
 
     @classmethod
+    def validate_configuration(cls, *args: Any, **layer: Any) -> list[str]:
+        """What the kernel cannot do of a layer; empty if it can do all.
+
+        vLLM asks with the fields of its ``AttentionSelectorConfig``. A field that is none of
+        ``KNOWN_FIELDS`` is refused unless it has its default.
+        """
+        known = {name: layer[name] for name in layer if name not in _unknown(layer)}
+        reasons = super().validate_configuration(*args, **known)
+        dtype = layer.get("dtype")
+        if PLAIN_KV_CACHE.get(layer.get("kv_cache_dtype", "auto"), dtype) != dtype:
+            reasons.append("kv_cache_dtype not supported")
+        if layer.get("has_sliding_window") and layer.get("use_non_causal"):
+            reasons.append("a sliding window with non-causal attention not supported")
+        defaults = AttentionSelectorConfig._field_defaults
+        for name in _unknown(layer):
+            if (layer[name] or None) != (defaults.get(name) or None):
+                reasons.append(f"{name}={layer[name]!r} not supported")
+        return reasons
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """The layer's spec as one whose blocks our managers hand out."""
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"attention backend BMC: the head sizes of keys ({spec.head_size}) and values "
-                f"({spec.head_size_v}) differ; allowed: equal ones. Select CPU_ATTN."
+                f"({spec.head_size_v}) differ; allowed: equal ones, with CPU_ATTN as well"
             )
         return to_bmc_spec(spec)
 
@@ -129,6 +179,11 @@ class BMCAttentionMetadata(AttentionMetadata):
     batch: AttentionBatch
     num_actual_tokens: int
 
+    @property
+    def causal(self) -> bool:
+        """Asked by vLLM's drafters that need attention without a causal mask."""
+        return self.batch.causal
+
 
 class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]):
     """Builds the operator's batch once per step."""
@@ -142,6 +197,9 @@ class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in layer_names]
+        self._impls_with_sinks = [impl for impl in impls if impl.sinks is not None]
 
     def build(
         self,
@@ -155,6 +213,9 @@ class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]
                 "attention backend BMC: a causal mask that differs per request is not supported; "
                 "select CPU_ATTN"
             )
+        # Weights may be written in place between two steps, and nothing tells of it.
+        for impl in self._impls_with_sinks:
+            impl.refresh_sinks()
         num_reqs = common.num_reqs
         batch = AttentionBatch(
             common.query_start_loc[: num_reqs + 1].to(torch.int32),
@@ -212,9 +273,18 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
         self.sinks: torch.Tensor | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        # The parameter is empty until the checkpoint is read; the kernel wants float32.
+        # The parameter is empty until the checkpoint is read.
         if self._sinks_parameter is not None:
-            self.sinks = self._sinks_parameter.detach().to(torch.float32).contiguous()
+            self.refresh_sinks()
+
+    def refresh_sinks(self) -> None:
+        """Takes the attention sinks over from their parameter; the kernel wants float32."""
+        assert self._sinks_parameter is not None
+        if self.sinks is None:
+            self.sinks = torch.empty_like(
+                self._sinks_parameter, dtype=torch.float32, memory_format=torch.contiguous_format
+            ).requires_grad_(False)
+        self.sinks.copy_(self._sinks_parameter.detach())
 
     def forward(
         self,

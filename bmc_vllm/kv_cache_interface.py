@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +39,8 @@ def to_bmc_spec(spec: AttentionSpec) -> AttentionSpec:
     if bmc_spec is None:
         return spec
     return bmc_spec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+
+
+def is_bmc_spec(spec: KVCacheSpec) -> bool:
+    """Whether the blocks of ``spec`` are handed out by a BMC manager."""
+    return isinstance(spec, tuple(_BMC_SPECS.values()))

@@ -57,36 +57,8 @@ def selects_bmc(vllm_config: VllmConfig) -> bool:
     return speculative is not None and is_bmc(getattr(speculative, "attention_backend", None))
 
 
-def unsupported_feature(selector: AttentionSelectorConfig) -> str | None:
-    """The feature of a layer that the kernel lacks, in the words of its setting; None if none."""
-    from bmc_vllm.attention import FP8_KV_CACHE, BMCAttentionBackend
-
-    dtype = str(selector.dtype).removeprefix("torch.")
-    if selector.use_mla:
-        return "multi-head latent attention (MLA)"
-    if selector.use_sparse:
-        return "sparse attention"
-    if selector.attn_type != "decoder":
-        return f"attention type {str(getattr(selector.attn_type, 'value', selector.attn_type))!r}"
-    if selector.kv_cache_dtype not in (None, "auto", dtype, *FP8_KV_CACHE):
-        return f"kv_cache_dtype={selector.kv_cache_dtype!r} with dtype {dtype}"
-    if not BMCAttentionBackend.supports_dtype(selector.dtype):
-        return f"dtype {dtype}"
-    if not BMCAttentionBackend.supports_head_size(selector.head_size):
-        return f"head size {selector.head_size}"
-    for flag, feature in (
-        ("use_mm_prefix", "bidirectional attention over multimodal prefixes"),
-        ("use_per_head_quant_scales", "per-head quantization scales"),
-        ("use_batch_invariant", "VLLM_BATCH_INVARIANT"),
-        ("use_kv_connector", "a KV connector (kv_transfer_config)"),
-        ("use_pcp", "prefill context parallelism"),
-        ("use_dcp", "decode context parallelism"),
-        ("use_adaptive_verification", "adaptive verification"),
-        ("use_rswa", "reference sliding window attention"),
-    ):
-        if getattr(selector, flag):
-            return feature
-    return None
+FALLBACKS: dict[AttentionSelectorConfig, str] = {}
+"""Layers of this process that asked for BMC and run on another backend, with what BMC lacks."""
 
 
 class BMCPlatform(_Base):  # type: ignore[misc]
@@ -102,17 +74,19 @@ class BMCPlatform(_Base):  # type: ignore[misc]
         """Class path of the layer's backend."""
         if not is_bmc(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        feature = unsupported_feature(attn_selector_config)
-        if feature is None:
-            return BACKEND_CLASS
+        from bmc_vllm.selector import decide
+
         # No selection: the base class then takes the backend that suits the layer.
-        fallback = super().get_attn_backend_cls(None, attn_selector_config, num_heads)
-        log_once(
-            logger,
-            f"attention backend BMC does not support {feature}: "
-            f"these layers use {fallback.rsplit('.', 1)[-1]}",
-        )
-        return fallback
+        path = super().get_attn_backend_cls(None, attn_selector_config, num_heads)
+        fallback = resolve_obj_by_qualname(path)
+        decision = decide(attn_selector_config, fallback)
+        line = decision.line(fallback.get_name())
+        if line is not None:
+            log_once(logger, line)
+        if not decision.lacks:
+            return BACKEND_CLASS
+        FALLBACKS[attn_selector_config] = ", ".join(decision.lacks)
+        return path
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -143,6 +117,19 @@ class BMCPlatform(_Base):  # type: ignore[misc]
         )
 
 
+def _check_kv_cache_dtype(kv_cache_dtype: str, dtype: Any) -> None:
+    """Raises ValueError for a cache that neither BMC nor CPU_ATTN computes rightly."""
+    from bmc_vllm.attention import FP8_KV_CACHE, PLAIN_KV_CACHE
+
+    own = [name for name, plain in PLAIN_KV_CACHE.items() if plain == dtype]
+    allowed = ["auto", *own, *FP8_KV_CACHE]
+    if kv_cache_dtype not in allowed:
+        raise ValueError(
+            f"kv_cache_dtype={kv_cache_dtype!r} with dtype {str(dtype).removeprefix('torch.')}: "
+            f"attention backend BMC takes {', '.join(allowed)}, and CPU_ATTN no others"
+        )
+
+
 def _apply_bmc(vllm_config: VllmConfig) -> None:
     """Block size, worker and scheduler of a configuration that selects BMC; checks its settings."""
     from bmc_core.attention import BLOCK_ROWS
@@ -159,6 +146,13 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"block_size={cache.block_size}: attention backend BMC takes multiples of {BLOCK_ROWS}"
         )
+    if model is not None and not model.use_mla:
+        _check_kv_cache_dtype(cache.cache_dtype, model.dtype)
+    if getattr(vllm_config, "diffusion_config", None) is not None:
+        raise ValueError(
+            "attention_backend='BMC' for a diffusion model, whose requests are causal or not "
+            "within one step: not supported; allowed: attention_backend='CPU_ATTN'"
+        )
     config = BMCConfig.from_vllm_config(vllm_config)
     if cache.block_size is not None:
         config.check_block_size(cache.block_size)
@@ -173,9 +167,7 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
             "from the start",
         )
     scheduler = vllm_config.scheduler_config
-    if getattr(vllm_config, "diffusion_config", None) is not None:
-        log_once(logger, "diffusion models have their own scheduler: caches grow block by block")
-    elif scheduler.scheduler_cls is None:
+    if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULER_CLASS
     elif scheduler.scheduler_cls != SCHEDULER_CLASS:
         log_once(

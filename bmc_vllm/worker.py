@@ -1,12 +1,13 @@
 """vLLM's CPU worker with a KV pool that is resident only where it is used.
 
-Promises that model execution is vLLM's. Four hooks:
+Promises that model execution is vLLM's. Five hooks:
 
 - ``_maybe_get_memory_pool_context``: vLLM's own place for a worker to bring its allocator for the
   KV cache; gives the pool's mapping instead of zeros that are written;
 - ``initialize_from_config``: learns the pool's layout, then logs the one line that says what runs;
 - ``execute_model``: releases the memory of blocks that the scheduler names, before the step;
-- both report the pool's memory for ``/metrics``.
+- ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine;
+- two of them report the pool's memory for ``/metrics``.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.cores import idle_core_warning
+from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.memory import KVPoolMemory
 from bmc_vllm.metrics import StatsWriter
+from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
 from bmc_vllm.scheduler import RELEASED_BLOCKS
+from bmc_vllm.startup import attention_layers, groups_in_words, layers_in_words
 
 logger = logging.getLogger("vllm.bmc")
 
@@ -66,7 +70,7 @@ class BMCWorker(CPUWorker):
                 )
         self._report_memory()
         if self.is_driver_worker:
-            self._log_start()
+            self._log_start(kv_cache_config)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         released = getattr(scheduler_output, RELEASED_BLOCKS, None)
@@ -80,6 +84,12 @@ class BMCWorker(CPUWorker):
             self._report_memory()
         return output
 
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        if self.use_v2_model_runner:  # draws by seed and position, and has no generators
+            return super().sample_tokens(grammar_output)
+        with only_for_kept_tokens(self.model_runner):
+            return super().sample_tokens(grammar_output)
+
     def _report_memory(self) -> None:
         if self._memory is None or self._stats is None:
             return
@@ -89,15 +99,19 @@ class BMCWorker(CPUWorker):
         end = time.monotonic()
         self._next_measure = end + max(MEASURE_SECONDS, MEASURE_SHARE * (end - start))
 
-    def _log_start(self) -> None:
+    def _log_start(self, kv_cache_config: KVCacheConfig) -> None:
         block_size = self.cache_config.block_size
         threads = torch.get_num_threads()
-        logger.info(
-            "BMC: attention backend BMC, instruction set %s, dtype %s, r=%d rows, block size %d "
-            "rows, %d threads",
+        ours = self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
+        rows = self._settings.rows(block_size) if ours else None
+        layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
+        logger.log(
+            logging.INFO if BACKEND_NAME in layers else logging.WARNING,
+            "BMC: %s; %s; instruction set %s, dtype %s, block size %d rows, %d threads",
+            layers_in_words(layers),
+            groups_in_words(kv_cache_config.kv_cache_groups, rows),
             native.isa(),
             str(self.model_config.dtype).removeprefix("torch."),
-            self._settings.rows(block_size),
             block_size,
             threads,
         )

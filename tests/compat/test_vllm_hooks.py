@@ -6,19 +6,49 @@ One test per hook: when vLLM moves it, the test that fails says which file of ``
 import inspect
 
 import torch
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from bmc_core.attention import AttentionBatch
+from bmc_vllm.attention import KNOWN_FIELDS, BMCAttentionMetadata
 from bmc_vllm.free_chunks import ChunkedFreeQueue
+from bmc_vllm.selector import WORDS
 
 
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+def test_selector_fields() -> None:
+    """selector.py, attention.py: a layer is described by these fields, and each reason for which
+    a backend is refused is one that we have words for. A new field makes layers fall back."""
+    assert AttentionSelectorConfig._fields == KNOWN_FIELDS
+    asked = set(parameters(AttentionBackend.validate_configuration)) - {"device_capability"}
+    assert asked == set(KNOWN_FIELDS)
+    source = inspect.getsource(AttentionBackend.validate_configuration)
+    source = source.replace('"\n                "', "")  # a string in two parts
+    assert [reason for reason in WORDS if f'"{reason}"' not in source] == []
+
+
+def test_a_drafter_asks_the_metadata_whether_it_is_causal() -> None:
+    """attention.py: vLLM's drafter ends the engine unless the metadata says that it is not."""
+    source = inspect.getsource(DFlashProposer.build_per_group_and_layer_attn_metadata)
+    assert 'getattr(attn_metadata, "causal", None) is False' in source
+    starts, lengths = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    table = torch.tensor([[1]], dtype=torch.int32)
+    for causal in (False, True):
+        batch = AttentionBatch(starts, lengths, table, 16, causal=causal)
+        assert BMCAttentionMetadata(batch, 3).causal is causal
 
 
 def test_free_chunks_queue() -> None:
@@ -65,6 +95,17 @@ def test_scheduler_steps() -> None:
     output = SchedulerOutput.make_empty()
     output.bmc_released_blocks = [1]  # type: ignore[attr-defined]
     assert output.bmc_released_blocks == [1]  # type: ignore[attr-defined]
+
+
+def test_generators_of_discarded_tokens() -> None:
+    """generators.py: the runner sets the generators that it finds in the batch back by an offset,
+    and samples with the same mapping; the worker's method is all that calls it."""
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert "self.discard_request_mask.np[:num_reqs]" in source
+    assert "gen = self.input_batch.generators.get(int(i))" in source
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+    assert "generators=self.generators," in inspect.getsource(InputBatch._make_sampling_metadata)
+    assert "self.model_runner.sample_tokens(" in inspect.getsource(CPUWorker.sample_tokens)
 
 
 def test_worker_allocates_inside_the_context() -> None:

@@ -13,8 +13,13 @@ SCRIPTS = Path(patching.__file__).parent
 PATCHES = sorted(patching.PATCHES.glob("*.patch"))
 
 
-def test_there_is_one_for_each_framework() -> None:
-    assert [patching.package_of(patch) for patch in PATCHES] == ["deepspeed", "vllm"]
+def test_each_framework_has_one() -> None:
+    assert {patching.package_of(patch) for patch in PATCHES} == {"deepspeed", "vllm"}
+
+
+def patch_named(part: str) -> Path:
+    (patch,) = [patch for patch in PATCHES if part in patch.name]
+    return patch
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
@@ -34,8 +39,7 @@ def test_is_described(patch: Path) -> None:
 
 @pytest.mark.engine
 def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
-    (patch,) = [patch for patch in PATCHES if patch.name.startswith("deepspeed")]
-    copy = patching.patched_copy(patch, tmp_path)
+    copy = patching.patched_copy(patch_named("kv-policy"), tmp_path)
     path = [copy, patching.ROOT]
     out = patching.run(
         SCRIPTS / "patched_deepspeed.py", path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
@@ -51,22 +55,27 @@ def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
     assert "replace_with_kernel_inject" in found["refused"]["kernels"]
 
 
-@pytest.mark.engine
-def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
-    (patch,) = [patch for patch in PATCHES if patch.name.startswith("vllm")]
-    copy = patching.patched_copy(patch, tmp_path / "site")
+def with_and_without(patch: str, script: str, folder: Path) -> tuple[Path, dict[str, dict]]:
+    """The patched copy, and what the script prints with it ("patched") and without ("plain")."""
+    copy = patching.patched_copy(patch_named(patch), folder / "site")
     found = {}
     for name, path in (("patched", [copy]), ("plain", [])):
         out = patching.run(
-            SCRIPTS / "patched_vllm.py",
+            SCRIPTS / script,
             [*path, patching.ROOT],
-            str(tmp_path / name),
+            str(folder / name),
             OMP_NUM_THREADS="1",
             VLLM_CPU_KVCACHE_SPACE="1",
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
         )
         found[name] = json.loads(out.splitlines()[-1])
+    return copy, found
+
+
+@pytest.mark.engine
+def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
+    copy, found = with_and_without("registered-backend", "patched_vllm.py", tmp_path)
     assert found["patched"]["package"] == str(copy / "vllm")
     assert not found["patched"]["hook"]
     assert not found["plain"]["hook"]
@@ -76,3 +85,12 @@ def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
     assert found["patched"]["tokens"] == found["plain"]["tokens"]
     assert found["patched"]["head size 40"] == "CPUAttentionBackend"
     assert found["patched"]["not chosen"] == "CPUAttentionBackend"
+
+
+@pytest.mark.engine
+def test_vllm_samples_with_a_seed_while_a_prompt_is_in_parts(tmp_path: Path) -> None:
+    script = "patched_vllm_seeds.py"
+    copy, found = with_and_without("seeded-chunked-prefill", script, tmp_path)
+    assert found["patched"]["package"] == str(copy / "vllm")
+    assert found["plain"]["in parts"] == "CPU Generator does not use offset"
+    assert found["patched"]["in parts"] == found["patched"]["whole"] == found["plain"]["whole"]

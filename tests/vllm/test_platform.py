@@ -1,19 +1,28 @@
 """Which layers and settings the platform takes, falls back for, or refuses."""
 
+from collections import namedtuple
+
 import pytest
 import torch
-from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from bmc_core.log import forget
 from tests.support.engines import engine, generate, prompts_of, scheduler, worker
 from tests.support.models import ModelStore
 
 BMC_CLASS = "bmc_vllm.attention.BMCAttentionBackend"
 CPU_CLASS = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+
+
+@pytest.fixture(autouse=True)
+def every_line_is_new() -> None:
+    forget()
 
 
 def selector(**changes: object) -> AttentionSelectorConfig:
@@ -51,22 +60,95 @@ def test_selected(dtype: torch.dtype, head_size: int) -> None:
         ({"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16' with dtype bfloat16"),
         ({"head_size": 512}, "head size 512"),
         ({"head_size": 40}, "head size 40"),
-        ({"use_mm_prefix": True}, "multimodal prefixes"),
-        ({"use_kv_connector": True}, "kv_transfer_config"),
-        ({"use_rswa": True}, "reference sliding window"),
+        ({"use_kv_connector": True}, "a KV connector (kv_transfer_config)"),
         ({"use_dcp": True}, "decode context parallelism"),
+        ({"use_pcp": True}, "prefill context parallelism"),
+        ({"use_per_head_quant_scales": True}, "per-head quantization scales"),
+        ({"use_adaptive_verification": True}, "adaptive verification"),
+        ({"has_sliding_window": True, "use_non_causal": True}, "sliding window with non-causal"),
+        ({"use_mm_prefix": True, "head_size": 512}, "head size 512, bidirectional"),
     ],
 )
-def test_falls_back_with_one_log_line(
-    changes: dict, feature: str, vllm_log: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_falls_back_with_one_log_line(changes: dict, feature: str, vllm_log: list[str]) -> None:
     stock = choose(None, **changes)
     for _ in range(3):
         assert choose("BMC", **changes) == stock
-    lines = [line for line in vllm_log if line.startswith("attention backend BMC")]
-    assert len(lines) == 1
-    assert feature in lines[0]
-    assert stock.rsplit(".", 1)[-1] in lines[0]
+    (line,) = [line for line in vllm_log if "attention backend BMC" in line]
+    assert line.startswith("attention backend BMC does not support ")
+    assert feature in line
+    assert f"these layers use {resolve_obj_by_qualname(stock).get_name()}" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "either"),
+    [
+        ({"use_dcp": True}, ", which does not implement decode context parallelism either"),
+        ({"head_size": 40}, ", which does not implement head size 40 either"),
+        ({"head_size": 48}, None),
+        ({"use_kv_connector": True}, "these layers use CPU_ATTN"),
+        ({"head_size": 512}, "these layers use CPU_ATTN"),
+    ],
+)
+def test_a_fallback_that_does_not_help_is_not_sold(
+    changes: dict, either: str | None, vllm_log: list[str]
+) -> None:
+    choose("BMC", **changes)
+    lines = [line for line in vllm_log if "attention backend BMC" in line]
+    assert len(lines) == (either is not None)
+    assert either is None or lines[0].endswith(either)
+
+
+@pytest.mark.parametrize(
+    ("flag", "feature"),
+    [
+        ("use_mm_prefix", "bidirectional attention over multimodal prefixes"),
+        ("use_batch_invariant", "VLLM_BATCH_INVARIANT"),
+        ("use_rswa", "reference sliding window attention"),
+    ],
+)
+def test_what_neither_backend_does_is_no_reason_to_leave(
+    flag: str, feature: str, vllm_log: list[str]
+) -> None:
+    assert choose("BMC", **{flag: True}) == BMC_CLASS
+    (line,) = [line for line in vllm_log if "attention backend BMC" in line]
+    assert line == (
+        f"neither attention backend BMC nor CPU_ATTN implements {feature}: "
+        "these layers use BMC, without it"
+    )
+
+
+def test_what_only_the_other_backend_does_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, vllm_log: list[str]
+) -> None:
+    monkeypatch.setattr(CPUAttentionBackend, "supports_mm_prefix", classmethod(lambda cls: True))
+    assert choose("BMC", use_mm_prefix=True) == CPU_CLASS
+    (line,) = [line for line in vllm_log if "attention backend BMC" in line]
+    assert line.endswith("multimodal prefixes: these layers use CPU_ATTN")
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "value", "taken"),
+    [
+        ("use_novelty", False, True, False),
+        ("use_novelty", False, False, True),
+        ("novelties", None, 3, False),
+        ("novelties", None, None, True),
+    ],
+)
+def test_an_unknown_property_of_a_layer_falls_back(
+    name: str, default: object, value: object, taken: bool, vllm_log: list[str]
+) -> None:
+    """What a later vLLM might ask for, and this version of ours has never heard of."""
+    fields = (*AttentionSelectorConfig._fields, name)
+    defaults = (*AttentionSelectorConfig._field_defaults.values(), default)
+    later = namedtuple("LaterSelectorConfig", fields, defaults=defaults)
+    layer = later(**selector()._asdict(), **{name: value})
+    chosen = current_platform.get_attn_backend_cls(AttentionBackendEnum["BMC"], layer)
+    assert chosen == (BMC_CLASS if taken else CPU_CLASS)
+    lines = [line for line in vllm_log if "attention backend BMC" in line]
+    assert [f"does not support {name}={value!r}: these" in line for line in lines] == (
+        [] if taken else [True]
+    )
 
 
 def test_kv_cache_dtype_that_is_the_models() -> None:
@@ -122,6 +204,18 @@ def test_given_block_size_is_kept(model_dir: ModelStore) -> None:
         ({"additional_config": {"bmc": {"rr": 1}}}, "unknown keys rr; allowed: r"),
         ({"additional_config": {"bmc": {"r": 32}}, "block_size": 64}, r"block size \(64\)"),
         ({"block_size": 24}, "block_size=24.*multiples of 16"),
+        (
+            {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+            "kv_cache_dtype='bfloat16' with dtype float32: .* takes auto, fp8, fp8_e4m3, fp8_e5m2",
+        ),
+        (
+            {"kv_cache_dtype": "int8_per_token_head", "dtype": "bfloat16"},
+            "kv_cache_dtype='int8_per_token_head' with dtype bfloat16: .* takes auto, bfloat16, fp",
+        ),
+        (
+            {"diffusion_config": {"canvas_length": 16}},
+            "attention_backend='BMC' for a diffusion model.* allowed: attention_backend='CPU_ATTN'",
+        ),
     ],
 )
 def test_refused_at_start(model_dir: ModelStore, settings: dict, message: str) -> None:
@@ -140,15 +234,6 @@ def test_a_head_size_of_512_falls_back(model_dir: ModelStore, vllm_log: list[str
         managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
         assert [type(m).__name__ for m in managers] == ["FullAttentionManager"]
         assert len(generate(llm, prompts_of([20]), max_tokens=4)[0]) == 4
-    assert sum("does not support head size 512" in line for line in vllm_log) == 1
-
-
-def test_start_line(model_dir: ModelStore, vllm_log: list[str]) -> None:
-    with engine(
-        model_dir("llama-gqa"), "BMC", dtype="bfloat16", additional_config={"bmc": {"r": 64}}
-    ) as llm:
-        assert isinstance(llm, LLM)
-    lines = [line for line in vllm_log if line.startswith("BMC: attention backend")]
-    assert len(lines) == 1
-    for part in ("instruction set ", "dtype bfloat16", "r=64 rows", "block size 32", "threads"):
-        assert part in lines[0]
+    (start,) = [line for line in vllm_log if line.startswith("BMC: attention backend")]
+    assert "BMC for 0 of 2 layers, CPU_ATTN for 2 (BMC lacks head size 512)" in start
+    assert "0 of 1 KV cache groups in chunks, 1 block by block (full attention)" in start
