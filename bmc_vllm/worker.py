@@ -12,7 +12,6 @@ Promises that model execution is vLLM's. Four hooks:
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,7 +23,6 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
 from bmc_vllm.config import BMCConfig
-from bmc_vllm.cores import idle_core_warning
 from bmc_vllm.memory import KVPoolMemory
 from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.scheduler import RELEASED_BLOCKS
@@ -91,7 +89,6 @@ class BMCWorker(CPUWorker):
 
     def _log_start(self) -> None:
         block_size = self.cache_config.block_size
-        threads = torch.get_num_threads()
         logger.info(
             "BMC: attention backend BMC, instruction set %s, dtype %s, r=%d rows, block size %d "
             "rows, %d threads",
@@ -99,8 +96,5 @@ class BMCWorker(CPUWorker):
             str(self.model_config.dtype).removeprefix("torch."),
             self._settings.rows(block_size),
             block_size,
-            threads,
+            torch.get_num_threads(),
         )
-        warning = idle_core_warning(threads, self.parallel_config.local_world_size, os.getppid())
-        if warning:
-            logger.warning("BMC: %s", warning)
