@@ -5,7 +5,8 @@ Promises that scheduling itself is vLLM's. Four hooks:
 - ``__init__`` gives the managers their ``r`` and the requests, which vLLM does not hand to them;
 - ``schedule`` attaches the blocks whose memory may be released to the step's output;
 - ``reset_prefix_cache`` releases the memory of all free blocks;
-- ``make_stats``, which vLLM calls once per step, exports the growth counters now and then.
+- ``make_stats``, which vLLM calls once per step, exports the growth counters now and then, where
+  vLLM exports its own.
 
 Knows nothing of memory pages: the worker releases them, before it runs the step.
 """
@@ -48,9 +49,11 @@ class BMCScheduler(Scheduler):
         )
         if self.growth is not None and config.release_free_memory:
             self.growth.queue.remember_discarded()
-        self._stats = StatsWriter(self.vllm_config.parallel_config.data_parallel_index)
-        self._stats.reset_scheduler()
+        self._stats: StatsWriter | None = None
         self._next_stats = 0.0
+        if self.log_stats:
+            self._stats = StatsWriter(self.vllm_config)
+            self._stats.write_growth(self.growth_stats())
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -68,10 +71,10 @@ class BMCScheduler(Scheduler):
         return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        if self.log_stats:
+        if self._stats is not None:
             now = time.monotonic()
             # The last step before the engine idles counts, whenever it comes.
-            if now >= self._next_stats or not self.running:
+            if now >= self._next_stats or not self.requests:
                 self._next_stats = now + STATS_SECONDS
                 self._stats.write_growth(self.growth_stats())
         return super().make_stats(*args, **kwargs)

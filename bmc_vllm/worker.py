@@ -54,7 +54,7 @@ class BMCWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        self._stats = StatsWriter(self.parallel_config.data_parallel_index)
+        self._stats = StatsWriter(self.vllm_config)
         if self._memory is not None:
             self._memory.set_layout(kv_cache_config)
             if not self._memory.num_bytes and kv_cache_config.kv_cache_tensors:
@@ -83,7 +83,7 @@ class BMCWorker(CPUWorker):
             return
         start = time.monotonic()
         resident = self._memory.resident_bytes()
-        self._stats.write_memory(self.local_rank, self._memory.num_bytes, resident)
+        self._stats.write_memory(self._memory.num_bytes, resident)
         end = time.monotonic()
         self._next_measure = end + max(MEASURE_SECONDS, MEASURE_SHARE * (end - start))
 
