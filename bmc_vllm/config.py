@@ -26,9 +26,10 @@ class BMCConfig:
         r: rows per growth, a positive multiple of the block size. Nothing is copied when a block
             table grows, so that the costs from which ``"auto"`` follows elsewhere are zero here:
             ``"auto"`` is refused. None, where it is left out: 128, rounded up to whole blocks.
-        release_free_memory: give the pages of freed blocks that hold no cached prefix back to
-            the operating system after each step. Off by default: re-used pages cost a page
-            fault each, and the pool is not on huge pages, which attention reads faster.
+        release_free_memory: take memory for the pool only where it is used, and give the pages of
+            freed blocks that hold no cached prefix back to the operating system. Off by default:
+            the memory is then promised to nobody, re-used pages cost a page fault each, and the
+            pool is not on huge pages, which attention reads faster.
     """
 
     r: int | None = None

@@ -70,8 +70,8 @@ def test_scheduler_steps() -> None:
     """scheduler.py: one make_stats per step, and a step's output takes one more attribute."""
     assert "self.make_stats(" in inspect.getsource(Scheduler.update_from_output)
     output = SchedulerOutput.make_empty()
-    output.bmc_released_blocks = [1]  # type: ignore[attr-defined]
-    assert output.bmc_released_blocks == [1]  # type: ignore[attr-defined]
+    output.bmc_released_blocks = [range(1)]  # type: ignore[attr-defined]
+    assert output.bmc_released_blocks == [range(1)]  # type: ignore[attr-defined]
 
 
 def test_worker_allocates_inside_the_context() -> None:

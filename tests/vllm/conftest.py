@@ -36,6 +36,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> models.ModelStore:
 @pytest.fixture
 def vllm_log() -> Iterator[list[str]]:
     """Messages that the logger "vllm" gets during the test."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+
+    # The first engine of a process does so, and would take our handler away.
+    configure_logging_if_needed(LoggingConfig())
     messages: list[str] = []
 
     class Handler(logging.Handler):
