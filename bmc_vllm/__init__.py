@@ -3,7 +3,7 @@
 One file per vLLM concept, named as vLLM names it: ``plugin`` (entry point), ``distribution``
 (package metadata), ``platform``, ``config``, ``attention`` (backend), ``kv_cache_interface``
 (specs), ``kv_cache_manager`` (block managers), ``scheduler``, ``worker``, ``memory`` (the pool's
-pages), ``metrics``.
+pages), ``residency`` (how many of them are in memory), ``metrics``.
 
 Importing this package imports neither vLLM nor torch.
 """

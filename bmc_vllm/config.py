@@ -27,9 +27,10 @@ class BMCConfig:
         r: rows per growth, a positive multiple of the block size; ``"auto"``: measured when the
             engine starts, see `auto_r`. None, where it is left out: 128. The last two are rounded
             up to whole blocks.
-        release_free_memory: give the pages of freed blocks that hold no cached prefix back to
-            the operating system after each step. Off by default: re-used pages cost a page
-            fault each, and the pool is not on huge pages, which attention reads faster.
+        release_free_memory: take memory for the pool only where it is used, and give the pages of
+            freed blocks that hold no cached prefix back to the operating system. Off by default:
+            the memory is then promised to nobody, re-used pages cost a page fault each, and the
+            pool is not on huge pages, which attention reads faster.
     """
 
     r: int | Literal["auto"] | None = None

@@ -161,12 +161,31 @@ class ChunkedFreeQueue(FreeKVCacheBlockQueue):
         """Turns `take_discarded` on, which costs a step a block."""
         self._used = set()
 
-    def take_discarded(self) -> set[int]:
-        """Ids of free blocks that were used and hold nothing any longer, each once."""
-        discarded, self._discarded = self._discarded, set()
+    def take_discarded(
+        self, max_runs: int | None = None, max_blocks: int | None = None
+    ) -> list[range]:
+        """Ids of free blocks that were used and hold nothing any longer, each once.
+
+        Args:
+            max_runs: give so many runs of adjacent blocks; the others come with a later call.
+            max_blocks: give so many blocks.
+        """
+        runs: list[range] = []
+        left = len(self._discarded) if max_blocks is None else max_blocks
+        while self._discarded and left and len(runs) != max_runs:
+            first = last = self._discarded.pop()
+            while last + 1 in self._discarded and last - first + 1 < left:
+                last += 1
+                self._discarded.remove(last)
+            while first - 1 in self._discarded and last - first + 1 < left:
+                first -= 1
+                self._discarded.remove(first)
+            runs.append(range(first, last + 1))
+            left -= len(runs[-1])
         if self._used is not None:
-            self._used -= discarded
-        return discarded
+            for run in runs:
+                self._used.difference_update(run)
+        return runs
 
     def discard_all(self) -> None:
         """No free block holds anything any longer: the prefix cache was emptied."""

@@ -2,156 +2,199 @@
 
 The numbers arise in the scheduler's and the workers' processes, ``/metrics`` is answered by the
 API server's. vLLM's own channel between them carries a fixed set of fields, and its plugin group
-for stat loggers would change stock behavior wherever this package is installed. So the three
-share one small file: the front-end process creates it while vLLM's configuration is checked and
-hands its name down in the environment; writers store plain 8-byte integers; the collector reads
-them when it is asked.
+for stat loggers would change stock behavior wherever this package is installed. So each writer
+has files of its own, in the format of prometheus_client's multi-process mode:
 
-Promises: without BMC selected no file, no variable and no collector exist. A writer without a
-file (another host, a full disk) stays silent. Not exported with several API servers
-(``--api-server-count`` above 1), where Prometheus runs in its multi-process mode.
+- With several API servers vLLM turns that mode on (``PROMETHEUS_MULTIPROC_DIR``), and its
+  ``/metrics`` adds up the files of that folder. Ours lie there, and go with the folder.
+- With one, that mode must stay off: whether it is on is read from the environment, and decides how
+  vLLM's own metrics are kept. The same files then are anonymous memory (memfd), named after the
+  engine's `VllmConfig.instance_id`. A collector in the API server finds them among the open files
+  of the processes below its own.
+
+Promises: without BMC selected no file and no collector exist. A writer that cannot have a file (a
+full disk, another system than Linux) stays silent, and so does one on another host. A writer's
+numbers go with it, however it ends; in a folder, unless it is killed. Of two engines with the same
+labels in one process the later shows, as with vLLM's own metrics.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import itertools
+import json
 import os
-import tempfile
+import struct
+import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
+from prometheus_client.metrics_core import Metric
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
 if TYPE_CHECKING:
-    from prometheus_client.core import Metric
     from vllm.config import VllmConfig
 
     from bmc_vllm.kv_cache_manager import GrowthStats
 
-ENV_STATS_FILE = "BMC_VLLM_STATS_FILE"
-"""Set by the front-end process for its children; not for users."""
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus_client's variable, set by vLLM."""
+MEMORY_FILE = "bmc-vllm"
+"""How the names of our anonymous files begin."""
 
-MAX_ENGINES = 16
-MAX_RANKS = 32
+COUNTER, GAUGE = "counter", "gauge_livesum"
+"""Types of metrics, as prometheus_client names its files: gauges of several processes add up."""
+_GROWTHS = ("bmc:kv_growths", "Growths of requests' KV caches.")
+_RESERVED = ("bmc:kv_rows_reserved", "Rows that requests hold or would grow into.")
+_SPARE = ("bmc:kv_rows_spare", "Of those, rows that no token needs yet.")
+_POOL = ("bmc:kv_pool_bytes", "Bytes of the KV pool, all workers.")
+_RESIDENT = ("bmc:kv_pool_resident_bytes", "Memory of the KV pool in RAM, all workers.")
 
-# One row of int64 per engine: active, growths, rows reserved, rows spare, then per rank the
-# bytes of the pool and the bytes of it that are resident.
-_ACTIVE, _GROWTHS, _RESERVED, _SPARE, _RANKS = range(5)
-_SHAPE = (MAX_ENGINES, _RANKS + 2 * MAX_RANKS)
-
+_serial = itertools.count()
 _collector: _Collector | None = None
 
 
-def _open(path: str) -> np.memmap:
-    return np.memmap(path, dtype=np.int64, mode="r+", shape=_SHAPE)
-
-
 class StatsWriter:
-    """Writes one engine's numbers; does nothing where there is no file to write to."""
+    """Writes the numbers of one scheduler or worker; does nothing where it cannot have a file."""
 
-    def __init__(self, engine_index: int) -> None:
-        self._row: np.ndarray | None = None
-        path = os.environ.get(ENV_STATS_FILE)
-        if path and 0 <= engine_index < MAX_ENGINES:
-            with contextlib.suppress(OSError, ValueError):
-                self._row = _open(path)[engine_index]
-
-    def reset_scheduler(self) -> None:
-        """Starts the scheduler's numbers at zero and makes the engine visible."""
-        if self._row is not None:
-            self._row[:_RANKS] = 0
-            self._row[_ACTIVE] = 1
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        model = vllm_config.model_config
+        name = "" if model is None else model.served_model_name or model.model
+        self._labels = {
+            "model_name": name[0] if isinstance(name, list) else name,
+            "engine": str(vllm_config.parallel_config.data_parallel_index),
+        }
+        self._instance = vllm_config.instance_id
+        self._files: dict[str, _File] = {}
 
     def write_growth(self, stats: GrowthStats) -> None:
-        if self._row is not None:
-            self._row[_GROWTHS:_RANKS] = stats
+        self._write(COUNTER, _GROWTHS, stats.growths)
+        self._write(GAUGE, _RESERVED, stats.rows_reserved)
+        self._write(GAUGE, _SPARE, stats.rows_spare)
 
-    def write_memory(self, rank: int, pool_bytes: int, resident_bytes: int) -> None:
-        """Bytes of the pool of one worker: reserved address space and resident memory."""
-        if self._row is not None and 0 <= rank < MAX_RANKS:
-            self._row[_RANKS + 2 * rank] = pool_bytes
-            self._row[_RANKS + 2 * rank + 1] = resident_bytes
+    def write_memory(self, pool_bytes: int, resident_bytes: int) -> None:
+        """Bytes of the pool of one worker, and how many of them are in memory."""
+        self._write(GAUGE, _POOL, pool_bytes)
+        self._write(GAUGE, _RESIDENT, resident_bytes)
+
+    def _write(self, kind: str, metric: tuple[str, str], value: int) -> None:
+        name, text = metric
+        if kind not in self._files:
+            self._files[kind] = _File(kind, self._instance)
+        sample = name + "_total" if kind == COUNTER else name
+        labels = self._labels
+        key = mmap_key(name, sample, list(labels), list(labels.values()), text)
+        self._files[kind].write(key, float(value))
 
 
-class _Collector:
-    """Prometheus collector: reads the file when it is asked."""
+class _File:
+    """One writer's metrics of one type: a file of the folder, or anonymous memory."""
 
-    def __init__(self, path: str, model_name: str) -> None:
-        self.path = path
-        self.model_name = model_name
+    def __init__(self, kind: str, instance: str) -> None:
+        # prometheus_client's own files have the process id where ours say a little more.
+        name = f"{kind}_bmc-{os.getpid()}-{next(_serial)}.db"
+        self._lock = threading.Lock()
+        self._values: MmapedDict | None = None
+        folder = os.environ.get(FOLDER)
+        path = None if folder is None else os.path.join(folder, name)
+        with contextlib.suppress(OSError, AttributeError):
+            if path is not None:
+                self._values = MmapedDict(path)
+            else:
+                handle = os.memfd_create(f"{MEMORY_FILE}:{instance}:{name}")
+                try:
+                    self._values = MmapedDict(f"/proc/self/fd/{handle}")
+                finally:
+                    os.close(handle)
+        if self._values is not None:
+            weakref.finalize(self, _close, self._values, self._lock, path, os.getpid())
 
-    def collect(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    def write(self, key: str, value: float) -> None:
+        with self._lock:
+            # A file that the interpreter's exit has closed is None inside.
+            if self._values is not None and self._values._f is not None:
+                self._values.write_value(key, value, 0.0)
 
-        labels = ["model_name", "engine"]
-        growths = CounterMetricFamily(
-            "bmc:kv_growths", "Growths of requests' KV caches.", labels=labels
-        )
-        gauges = [
-            GaugeMetricFamily(name, text, labels=labels)
-            for name, text in (
-                ("bmc:kv_rows_reserved", "Rows that requests hold or would grow into."),
-                ("bmc:kv_rows_spare", "Of those, rows that no token needs yet."),
-                ("bmc:kv_pool_bytes", "Address space of the KV pool, all workers."),
-                ("bmc:kv_pool_resident_bytes", "Memory of the KV pool in RAM, all workers."),
-            )
-        ]
-        try:
-            table = np.fromfile(self.path, dtype=np.int64).reshape(_SHAPE)
-        except (OSError, ValueError):
-            return
-        for engine, row in enumerate(table):
-            if not row[_ACTIVE]:
-                continue
-            values = [self.model_name, str(engine)]
-            growths.add_metric(values, float(row[_GROWTHS]))
-            numbers = (
-                row[_RESERVED],
-                row[_SPARE],
-                row[_RANKS::2].sum(),
-                row[_RANKS + 1 :: 2].sum(),
-            )
-            for gauge, number in zip(gauges, numbers, strict=True):
-                gauge.add_metric(values, float(number))
-        yield growths
-        yield from gauges
+
+def _close(values: MmapedDict, lock: threading.Lock, path: str | None, owner: int) -> None:
+    with lock:
+        values.close()
+    # A forked child runs this too, but the file is not its own.
+    if path is not None and os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def publish(vllm_config: VllmConfig) -> None:
-    """Creates the file (once per process tree) and the collector (once per process)."""
+    """Makes the collector of this process show the engine with this configuration."""
     global _collector
-    path = os.environ.get(ENV_STATS_FILE)
-    if not path or not os.path.exists(path):
-        try:
-            path = _create_file()
-        except OSError:
-            return
-        os.environ[ENV_STATS_FILE] = path
-    model_config = vllm_config.model_config
-    name = "" if model_config is None else model_config.served_model_name or model_config.model
-    if isinstance(name, list):
-        name = name[0]
+    if os.environ.get(FOLDER) is not None:
+        return  # vLLM's own collector reads the folder.
     if _collector is None:
         from prometheus_client import REGISTRY
 
-        _collector = _Collector(path, name)
+        _collector = _Collector()
         REGISTRY.register(_collector)  # type: ignore[arg-type]
-    else:
-        _collector.path, _collector.model_name = path, name
+    _collector.instances.append(vllm_config.instance_id)
 
 
-def _create_file() -> str:
-    handle, path = tempfile.mkstemp(prefix="bmc-vllm-stats-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(np.zeros(_SHAPE, dtype=np.int64).tobytes())
-    owner = os.getpid()
+class _Collector:
+    """Prometheus collector over the anonymous files.
 
-    def remove() -> None:
-        # A forked child runs this too, but the file is not its own.
-        if os.getpid() == owner:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+    Attributes:
+        instances: of the engines that this process has configured, the latest last.
+    """
 
-    atexit.register(remove)
-    return path
+    def __init__(self) -> None:
+        self.instances: list[str] = []
+
+    def describe(self) -> list[Metric]:
+        """Nothing is read when the collector is registered."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        found: dict[str, dict[tuple[str, str], float]] = {}
+        for instance, kind, path in _memory_files():
+            sums = found.setdefault(instance, defaultdict(float))
+            for key, value in _read(path):
+                sums[kind, key] += value
+        shown: dict[tuple[str, str], float] = {}
+        for instance in self.instances:
+            shown.update(found.get(instance, {}))
+        families: dict[str, Metric] = {}
+        for (kind, key), value in shown.items():
+            name, sample, labels, text = json.loads(key)
+            if name not in families:
+                families[name] = Metric(name, text, kind.partition("_")[0])
+            families[name].add_sample(sample, labels, value)
+        yield from families.values()
+
+
+def _memory_files() -> Iterator[tuple[str, str, str]]:
+    """Instance, type of metric, and a path to open, of each file of this process and of those
+    below it. A file that a forked child has inherited is named once."""
+    import psutil
+
+    here = psutil.Process()
+    seen: set[str] = set()
+    for process in (here, *here.children(recursive=True)):
+        folder = f"/proc/{process.pid}/fd"
+        with contextlib.suppress(OSError):  # It has ended, or is another user's.
+            for handle in os.listdir(folder):
+                path = f"{folder}/{handle}"
+                with contextlib.suppress(OSError):
+                    target = os.readlink(path)
+                    if target.startswith(f"/memfd:{MEMORY_FILE}:") and target not in seen:
+                        seen.add(target)
+                        _, _, instance, name = target.split(":")
+                        yield instance, name.partition("_bmc-")[0], path
+
+
+def _read(path: str) -> list[tuple[str, float]]:
+    try:
+        values = MmapedDict.read_all_values_from_file(path)
+        return [(key, value) for key, value, _, _ in values]
+    except (OSError, RuntimeError, ValueError, struct.error):  # It ends, or begins, right now.
+        return []

@@ -163,8 +163,8 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
     elif parallel.worker_cls != WORKER_CLASS:
         log_once(
             logger,
-            f"worker_cls={parallel.worker_cls!r} replaces BMC's worker: the KV pool is resident "
-            "from the start",
+            f"worker_cls={parallel.worker_cls!r} replaces BMC's worker: the KV pool is vLLM's own, "
+            "and release_free_memory has no effect",
         )
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:

@@ -3,9 +3,11 @@
 Promises that scheduling itself is vLLM's. Four hooks:
 
 - ``__init__`` gives the managers their ``r`` and the requests, which vLLM does not hand to them;
-- ``schedule`` attaches the blocks whose memory may be released to the step's output;
+- ``schedule`` attaches the blocks whose memory may be released to the step's output: to a step
+  with tokens no more than goes unnoticed, all that are left to the one before the engine idles;
 - ``reset_prefix_cache`` releases the memory of all free blocks;
-- ``make_stats``, which vLLM calls once per step, exports the growth counters now and then.
+- ``make_stats``, which vLLM calls once per step, exports the growth counters now and then, where
+  vLLM exports its own.
 
 Knows nothing of memory pages: the worker releases them, before it runs the step.
 """
@@ -24,10 +26,11 @@ from bmc_vllm.auto_r import measured_r
 from bmc_vllm.config import AUTO, BMCConfig
 from bmc_vllm.integrity import check_integrity
 from bmc_vllm.kv_cache_manager import GrowthStats, configure_growth
+from bmc_vllm.memory import release_bounds
 from bmc_vllm.metrics import StatsWriter
 
 RELEASED_BLOCKS = "bmc_released_blocks"
-"""Attribute of a SchedulerOutput: ids of blocks whose memory the worker may release."""
+"""Attribute of a SchedulerOutput: runs of ids of blocks whose memory the worker may release."""
 STATS_SECONDS = 0.5
 """The growth counters, which visit every request, are exported at most so often."""
 
@@ -48,19 +51,25 @@ class BMCScheduler(Scheduler):
             r = config.rows(self.vllm_config.cache_config.block_size)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.growth = configure_growth(managers, r, self.requests)
+        self._release_bounds = release_bounds(self.kv_cache_config)
         if self.growth is not None and config.release_free_memory:
             self.growth.queue.remember_discarded()
-        self._stats = StatsWriter(self.vllm_config.parallel_config.data_parallel_index)
-        self._stats.reset_scheduler()
+        self._stats: StatsWriter | None = None
         self._next_stats = 0.0
+        if self.log_stats:
+            self._stats = StatsWriter(self.vllm_config)
+            self._stats.write_growth(self.growth_stats())
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
-        released = self.growth.queue.take_discarded() if self.growth is not None else None
+        if self.growth is None:
+            return output
+        bounds = self._release_bounds if output.total_num_scheduled_tokens else ()
+        released = self.growth.queue.take_discarded(*bounds)
         if released:
             # Workers handle steps in order: whoever gets these blocks next writes to them
             # in a later step than this one, and earlier steps that read them are over.
-            setattr(output, RELEASED_BLOCKS, sorted(released))
+            setattr(output, RELEASED_BLOCKS, released)
         return output
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
@@ -70,10 +79,10 @@ class BMCScheduler(Scheduler):
         return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        if self.log_stats:
+        if self._stats is not None:
             now = time.monotonic()
             # The last step before the engine idles counts, whenever it comes.
-            if now >= self._next_stats or not self.running:
+            if now >= self._next_stats or not self.requests:
                 self._next_stats = now + STATS_SECONDS
                 self._stats.write_growth(self.growth_stats())
         return super().make_stats(*args, **kwargs)

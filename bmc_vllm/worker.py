@@ -1,19 +1,18 @@
-"""vLLM's CPU worker with a KV pool that is resident only where it is used.
+"""vLLM's CPU worker with a KV pool of its own memory.
 
-Promises that model execution is vLLM's. Five hooks:
+Promises that model execution is vLLM's, and that a step waits for no figures. Four hooks:
 
 - ``_maybe_get_memory_pool_context``: vLLM's own place for a worker to bring its allocator for the
   KV cache; gives the pool's mapping instead of zeros that are written;
-- ``initialize_from_config``: learns the pool's layout, then logs the one line that says what runs;
+- ``initialize_from_config``: learns the pool's size and layout, logs what is in memory and the one
+  line that says what runs, and starts to report the pool's memory for ``/metrics``;
 - ``execute_model``: releases the memory of blocks that the scheduler names, before the step;
-- ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine;
-- two of them report the pool's memory for ``/metrics``.
+- ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,63 +24,60 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
 from bmc_vllm.config import BMCConfig
-from bmc_vllm.cores import idle_core_warning
 from bmc_vllm.generators import only_for_kept_tokens
-from bmc_vllm.memory import KVPoolMemory
+from bmc_vllm.memory import KVPoolMemory, gib
 from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
+from bmc_vllm.residency import ResidencyMeter
 from bmc_vllm.scheduler import RELEASED_BLOCKS
 from bmc_vllm.startup import attention_layers, groups_in_words, layers_in_words
 
 logger = logging.getLogger("vllm.bmc")
-
-MEASURE_SHARE = 200
-"""Residency is measured at most so often that it takes 1/200 of the time..."""
-MEASURE_SECONDS = 2.0
-"""...and at most every two seconds."""
 
 
 class BMCWorker(CPUWorker):
     """See the module docstring."""
 
     _memory: KVPoolMemory | None = None
-    _stats: StatsWriter | None = None
-    _next_measure = 0.0
+    _residency: ResidencyMeter | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = BMCConfig.from_vllm_config(self.vllm_config)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
-        if tag == "kv_cache":
-            self._memory = KVPoolMemory(huge_pages=not self._settings.release_free_memory)
+        if tag == "kv_cache" and self._memory is not None:
             return self._memory.allocation()
         return super()._maybe_get_memory_pool_context(tag)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        if kv_cache_config.kv_cache_tensors:
+            self._memory = KVPoolMemory(
+                kv_cache_config.kv_cache_tensors[0].size,
+                shared=self._settings.release_free_memory,
+            )
+        start = time.monotonic()
         super().initialize_from_config(kv_cache_config)
-        self._stats = StatsWriter(self.parallel_config.data_parallel_index)
         if self._memory is not None:
-            self._memory.set_layout(kv_cache_config)
-            if not self._memory.num_bytes and kv_cache_config.kv_cache_tensors:
+            if self._memory.mapped:
+                self._start_pool(self._memory, kv_cache_config, time.monotonic() - start)
+            else:
                 logger.warning(
-                    "BMC: the KV pool was not allocated in the expected way; "
-                    "all of it is resident from the start"
+                    "BMC: the KV pool was not allocated in the expected way: it is vLLM's own, and "
+                    "its memory is neither measured nor released"
                 )
-        self._report_memory()
+                self._memory = None
         if self.is_driver_worker:
             self._log_start(kv_cache_config)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        released = getattr(scheduler_output, RELEASED_BLOCKS, None)
-        if released and self._memory is not None:
-            self._memory.release(released)
-            self._next_measure = 0.0
+        if self._memory is not None:
+            released = getattr(scheduler_output, RELEASED_BLOCKS, None)
+            if released:
+                self._memory.release(released)
         output = super().execute_model(scheduler_output)
-        # A step without tokens is the last one before the engine goes idle.
-        idle = scheduler_output.total_num_scheduled_tokens == 0
-        if idle or time.monotonic() >= self._next_measure:
-            self._report_memory()
+        if self._residency is not None:
+            self._residency.changed()
         return output
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
@@ -90,18 +86,24 @@ class BMCWorker(CPUWorker):
         with only_for_kept_tokens(self.model_runner):
             return super().sample_tokens(grammar_output)
 
-    def _report_memory(self) -> None:
-        if self._memory is None or self._stats is None:
-            return
-        start = time.monotonic()
-        resident = self._memory.resident_bytes()
-        self._stats.write_memory(self.local_rank, self._memory.num_bytes, resident)
-        end = time.monotonic()
-        self._next_measure = end + max(MEASURE_SECONDS, MEASURE_SHARE * (end - start))
+    def _start_pool(self, memory: KVPoolMemory, config: KVCacheConfig, seconds: float) -> None:
+        memory.set_layout(config)
+        num_bytes, resident = memory.num_bytes, memory.resident_bytes()
+        logger.info(
+            "BMC: KV pool: %s reserved, %s of it in memory after %.1f s%s",
+            gib(num_bytes),
+            gib(resident),
+            seconds,
+            " (release_free_memory: others may take what is not in use)" if memory.shared else "",
+        )
+        stats = StatsWriter(self.vllm_config)
+        stats.write_memory(num_bytes, resident)
+        self._residency = ResidencyMeter(
+            memory, lambda resident: stats.write_memory(num_bytes, resident)
+        )
 
     def _log_start(self, kv_cache_config: KVCacheConfig) -> None:
         block_size = self.cache_config.block_size
-        threads = torch.get_num_threads()
         ours = self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
         rows = self._settings.rows(block_size) if ours else None
         layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
@@ -113,8 +115,5 @@ class BMCWorker(CPUWorker):
             native.isa(),
             str(self.model_config.dtype).removeprefix("torch."),
             block_size,
-            threads,
+            torch.get_num_threads(),
         )
-        warning = idle_core_warning(threads, self.parallel_config.local_world_size, os.getppid())
-        if warning:
-            logger.warning("BMC: %s", warning)

@@ -4,8 +4,14 @@ One test per hook: when vLLM moves it, the test that fails says which file of ``
 """
 
 import inspect
+import os
 
+import pytest
 import torch
+from prometheus_client import CollectorRegistry
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.block_pool import BlockPool
@@ -13,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.metrics import prometheus
 from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -93,8 +100,8 @@ def test_scheduler_steps() -> None:
     """scheduler.py: one make_stats per step, and a step's output takes one more attribute."""
     assert "self.make_stats(" in inspect.getsource(Scheduler.update_from_output)
     output = SchedulerOutput.make_empty()
-    output.bmc_released_blocks = [1]  # type: ignore[attr-defined]
-    assert output.bmc_released_blocks == [1]  # type: ignore[attr-defined]
+    output.bmc_released_blocks = [range(1)]  # type: ignore[attr-defined]
+    assert output.bmc_released_blocks == [range(1)]  # type: ignore[attr-defined]
 
 
 def test_generators_of_discarded_tokens() -> None:
@@ -120,3 +127,45 @@ def test_memory_pool_is_one_torch_zeros() -> None:
     assert source.count("torch.zeros(") == 1
     assert "torch.zeros(buf_size, dtype=torch.int8" in source
     assert torch.zeros(1, dtype=torch.int8).dtype is torch.int8
+
+
+def test_metrics_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """metrics.py: with several API servers the variable names the folder that /metrics adds up;
+    without, /metrics reads the registry of its process."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert prometheus.get_prometheus_registry() is prometheus.REGISTRY
+    monkeypatch.setattr(prometheus, "_prometheus_multiproc_dir", None)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "here")  # put back at the end
+    del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    prometheus.setup_multiprocess_prometheus()
+    assert os.path.isdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    assert prometheus.get_prometheus_registry() is not prometheus.REGISTRY
+
+
+def test_prometheus_files(tmp_path) -> None:
+    """metrics.py: the format of prometheus_client's files, and what their names say."""
+    for process, value in (("bmc-1-0", 2.0), ("bmc-2-0", 3.0)):
+        for kind, sample in (("counter", "a_total"), ("gauge_livesum", "a")):
+            values = MmapedDict(str(tmp_path / f"{kind}_{process}.db"))
+            key = mmap_key(kind, sample, ["engine"], ["0"], "Help.")
+            values.write_value(key, value, 0.0)
+            values.close()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    found = {
+        (m.name, m.type, s.name): (s.labels, s.value) for m in registry.collect() for s in m.samples
+    }
+    assert found == {
+        ("counter", "counter", "a_total"): ({"engine": "0"}, 5.0),
+        ("gauge_livesum", "gauge", "a"): ({"engine": "0"}, 5.0),
+    }
+
+
+def test_instance_id() -> None:
+    """metrics.py: a configuration names its engine before the platform completes it, and the name
+    goes to the engine's processes with it."""
+    first, second = VllmConfig(), VllmConfig()
+    assert first.instance_id
+    assert first.instance_id != second.instance_id
+    source = inspect.getsource(VllmConfig.__post_init__)
+    assert source.index("self.instance_id") < source.index("check_and_update_config(self)")

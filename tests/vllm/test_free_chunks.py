@@ -192,4 +192,4 @@ def test_chunks_and_links_agree(operations, caching, num_chunks, size) -> None:
         used = [block.block_id for blocks in owned.values() for block in blocks]
         assert len(set(used)) == len(used) == num_chunks * size + 1 - queue.num_free_blocks
         assert all(pool.blocks[i].ref_cnt == 1 for i in used)
-        assert not queue.take_discarded() & set(used)
+        assert not {i for run in queue.take_discarded() for i in run} & set(used)

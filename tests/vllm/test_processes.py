@@ -18,7 +18,8 @@ def main():
     params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
     llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True,
               max_model_len=512, kv_cache_memory_bytes=4 << 30, attention_backend="BMC",
-              additional_config={"bmc": {"r": 64}})
+              additional_config={"bmc": {"r": 64, "release_free_memory": True}},
+              disable_log_stats=False)
     def metrics():
         return {s.name: s.value for m in REGISTRY.collect() if m.name.startswith("bmc:")
                 for s in m.samples}
