@@ -25,6 +25,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from bmc_core import native
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.cores import idle_core_warning
+from bmc_vllm.layout import lost_layout
 from bmc_vllm.memory import KVPoolMemory
 from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.scheduler import RELEASED_BLOCKS
@@ -67,6 +68,7 @@ class BMCWorker(CPUWorker):
         self._report_memory()
         if self.is_driver_worker:
             self._log_start()
+            self._log_unusual()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         released = getattr(scheduler_output, RELEASED_BLOCKS, None)
@@ -104,3 +106,14 @@ class BMCWorker(CPUWorker):
         warning = idle_core_warning(threads, self.parallel_config.local_world_size, os.getppid())
         if warning:
             logger.warning("BMC: %s", warning)
+
+    def _log_unusual(self) -> None:
+        """What differs from the engine that is tested and measured."""
+        loss = lost_layout(self.vllm_config)
+        if loss is not None:
+            logger.warning("BMC: %s", loss)
+        if self.use_v2_model_runner:
+            logger.warning(
+                "BMC: vLLM's second model runner has not been tested with attention backend BMC; "
+                "VLLM_USE_V2_MODEL_RUNNER=0 selects the first, which has been"
+            )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 VOCAB = 512
 BASE = {
@@ -20,11 +21,29 @@ BASE = {
 }
 
 
-def _llama(num_kv_heads: int, head_dim: int = 32) -> torch.nn.Module:
+def _llama(num_kv_heads: int, head_dim: int = 32, **changes: int) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**BASE, num_key_value_heads=num_kv_heads, head_dim=head_dim)
+    config = LlamaConfig(**{**BASE, **changes}, num_key_value_heads=num_kv_heads, head_dim=head_dim)
     return LlamaForCausalLM(config)
+
+
+class _EagleHead(torch.nn.Module):
+    """One layer behind a projection of (embedding, hidden state), with EAGLE's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        llama = _llama(2, num_hidden_layers=1)
+        self.config = llama.config
+        self.config.architectures = ["LlamaForCausalLM"]
+        self.layers = llama.model.layers
+        del self.layers[0].input_layernorm  # EAGLE's first layer has none
+        size = self.config.hidden_size
+        self.fc = torch.nn.Linear(2 * size, size, bias=False)
+
+    def save_pretrained(self, path: Path) -> None:
+        self.config.save_pretrained(path)
+        save_file(self.state_dict(), path / "model.safetensors", {"format": "pt"})
 
 
 def _mistral_window() -> torch.nn.Module:
@@ -78,7 +97,9 @@ def _gpt_oss_sinks() -> torch.nn.Module:
 BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-gqa": lambda: _llama(2),
     "llama-mha": lambda: _llama(4),
+    "llama-draft": lambda: _llama(2, num_hidden_layers=1),
     "llama-head512": lambda: _llama(2, head_dim=512),
+    "llama-eagle": _EagleHead,
     "mistral-window": _mistral_window,
     "gemma2": _gemma2,
     "bloom-alibi": _bloom_alibi,
