@@ -13,8 +13,8 @@ SCRIPTS = Path(patching.__file__).parent
 PATCHES = sorted(patching.PATCHES.glob("*.patch"))
 
 
-def test_there_is_one_for_each_framework() -> None:
-    assert [patching.package_of(patch) for patch in PATCHES] == ["deepspeed", "vllm"]
+def test_each_framework_has_some() -> None:
+    assert [patching.package_of(patch) for patch in PATCHES] == ["deepspeed", "vllm", "vllm"]
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
@@ -53,7 +53,7 @@ def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
-    (patch,) = [patch for patch in PATCHES if patch.name.startswith("vllm")]
+    (patch,) = [patch for patch in PATCHES if patch.name.endswith("registered-backend.patch")]
     copy = patching.patched_copy(patch, tmp_path / "site")
     found = {}
     for name, path in (("patched", [copy]), ("plain", [])):
@@ -76,3 +76,20 @@ def test_vllm_honors_the_backend_without_our_hook(tmp_path: Path) -> None:
     assert found["patched"]["tokens"] == found["plain"]["tokens"]
     assert found["patched"]["head size 40"] == "CPUAttentionBackend"
     assert found["patched"]["not chosen"] == "CPUAttentionBackend"
+
+
+@pytest.mark.engine
+def test_vllm_goes_on_behind_a_requests_last_block(tmp_path: Path) -> None:
+    (patch,) = [patch for patch in PATCHES if patch.name.endswith("side-by-side.patch")]
+    copy = patching.patched_copy(patch, tmp_path)
+    found = {}
+    for name, path in (("patched", [copy]), ("plain", [])):
+        out = patching.run(SCRIPTS / "patched_block_pool.py", [*path, patching.ROOT])
+        found[name] = json.loads(out.splitlines()[-1])
+    patched, plain = found["patched"], found["plain"]
+    assert patched["package"] == str(copy / "vllm")
+    assert patched["nowhere"] == plain["nowhere"] == [1, 2]
+    # Behind block 4 two are free, and the third holds a prefix.
+    assert patched["near"] == [5, 6, 1, 2]
+    assert patched["request"] == [1, 2, 3, 4]
+    assert plain["request"] != [1, 2, 3, 4]
