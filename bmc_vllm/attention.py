@@ -213,8 +213,16 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # The parameter is empty until the checkpoint is read; the kernel wants float32.
-        if self._sinks_parameter is not None:
+        self.copy_weights()
+
+    def copy_weights(self) -> None:
+        """Takes over the parameters' values, again after every change of them."""
+        if self._sinks_parameter is None:
+            return
+        if self.sinks is None:
             self.sinks = self._sinks_parameter.detach().to(torch.float32).contiguous()
+        else:
+            self.sinks.copy_(self._sinks_parameter.detach())
 
     def forward(
         self,

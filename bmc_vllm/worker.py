@@ -1,12 +1,13 @@
 """vLLM's CPU worker with a KV pool that is resident only where it is used.
 
-Promises that model execution is vLLM's. Four hooks:
+Promises that model execution is vLLM's. Its hooks:
 
 - ``_maybe_get_memory_pool_context``: vLLM's own place for a worker to bring its allocator for the
   KV cache; gives the pool's mapping instead of zeros that are written;
 - ``initialize_from_config``: learns the pool's layout, then logs the one line that says what runs;
 - ``execute_model``: releases the memory of blocks that the scheduler names, before the step;
-- both report the pool's memory for ``/metrics``.
+- both report the pool's memory for ``/metrics``;
+- ``reload_weights``, ``finish_weight_update``: hand new weights to the layers that keep a copy.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
+from bmc_vllm.attention import BMCAttentionImpl
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.cores import idle_core_warning
 from bmc_vllm.layout import lost_layout
@@ -81,6 +83,21 @@ class BMCWorker(CPUWorker):
         if idle or time.monotonic() >= self._next_measure:
             self._report_memory()
         return output
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)
+        self._renew_layers()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._renew_layers()
+
+    def _renew_layers(self) -> None:
+        # vLLM tells layers of new weights only where it read them from a checkpoint.
+        for layer in self.compilation_config.static_forward_context.values():
+            impl = getattr(layer, "impl", None)
+            if isinstance(impl, BMCAttentionImpl):
+                impl.copy_weights()
 
     def _report_memory(self) -> None:
         if self._memory is None or self._stats is None:

@@ -94,6 +94,65 @@ def _gpt_oss_sinks() -> torch.nn.Module:
     return model
 
 
+def _gemma3n_shared_kv() -> torch.nn.Module:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    # Layers 2 and 3 read the rows of layers 0 and 1.
+    config = Gemma3nTextConfig(
+        **{
+            **BASE,
+            "num_hidden_layers": 4,
+            "intermediate_size": [256] * 4,
+            "initializer_range": 0.02,
+        },
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    return Gemma3nForCausalLM(config)
+
+
+def _llama4_chunked() -> torch.nn.Module:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    # Three layers of chunked local attention, one of full; no experts.
+    config = Llama4TextConfig(
+        **{**BASE, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size_mlp=256,
+        attention_chunk_size=128,
+        interleave_moe_layer_step=8,
+        no_rope_layer_interval=4,
+    )
+    return Llama4ForCausalLM(config)
+
+
+def _lfm2_hybrid() -> torch.nn.Module:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **{**BASE, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"] * 2,
+        block_auto_adjust_ff_dim=False,
+        # vLLM reads these names.
+        block_dim=128,
+        block_ff_dim=256,
+        block_multiple_of=64,
+        block_ffn_dim_multiplier=1.0,
+        conv_dim=128,
+        conv_dim_out=128,
+    )
+    return Lfm2ForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-gqa": lambda: _llama(2),
     "llama-mha": lambda: _llama(4),
@@ -104,6 +163,9 @@ BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "gemma2": _gemma2,
     "bloom-alibi": _bloom_alibi,
     "gpt-oss-sinks": _gpt_oss_sinks,
+    "gemma3n-shared-kv": _gemma3n_shared_kv,
+    "llama4-chunked": _llama4_chunked,
+    "lfm2-hybrid": _lfm2_hybrid,
 }
 
 
