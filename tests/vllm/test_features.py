@@ -1,6 +1,7 @@
 """vLLM's features beside plain decoding: with BMC they give what they give with CPU_ATTN."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, NullEventPublisher
@@ -103,6 +107,25 @@ def test_lora(model_dir: ModelStore, tmp_path: Path) -> None:
     adapted, plain, again = tokens["BMC"]
     assert adapted == again
     assert all(a != b for a, b in zip(adapted, plain, strict=True))
+
+
+def test_embeddings(model_dir: ModelStore, tmp_path: Path) -> None:
+    """A decoder as a pooling model: the same vectors within float32's rounding."""
+    # vLLM's pooling wants a tokenizer, also for prompts of token ids.
+    model = shutil.copytree(model_dir("llama-gqa"), tmp_path / "model")
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
+    vectors = {}
+    for backend in ("CPU_ATTN", "BMC"):
+        with engine(
+            str(model), backend, runner="pooling", convert="embed", skip_tokenizer_init=False
+        ) as llm:
+            prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+            answers = llm.embed(prompts, use_tqdm=False)
+            assert set(backends(llm)) == {backend}
+            vectors[backend] = torch.tensor([answer.outputs.embedding for answer in answers])
+    torch.testing.assert_close(vectors["BMC"], vectors["CPU_ATTN"], rtol=1e-4, atol=1e-5)
+    assert (vectors["BMC"][0] - vectors["BMC"][1]).abs().max() > 0.1
 
 
 class _Collected(NullEventPublisher):
