@@ -21,7 +21,7 @@ from bmc_vllm.config import BMCConfig
 from bmc_vllm.plugin import builtin_platform
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 logger = logging.getLogger("vllm.bmc")
@@ -176,8 +176,26 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
             "block by block",
         )
     speculative = vllm_config.speculative_config
+    if speculative is not None and is_bmc(vllm_config.attention_config.backend):
+        _hand_down_to_draft(speculative)
     if speculative is None or model is not speculative.draft_model_config:
         # Not a configuration that vLLM derives for a draft model: that has no numbers of its own.
         from bmc_vllm import metrics
 
         metrics.publish(vllm_config)
+
+
+def _hand_down_to_draft(speculative: SpeculativeConfig) -> None:
+    """A draft with attention layers runs on BMC as its target does, unless the user names another.
+
+    vLLM hands no backend down. A draft on CPU_ATTN would cost the target its layout of the pool
+    (`bmc_vllm.layout`), and could not read the rows of layers that it shares with the target.
+    """
+    has_attention = speculative.use_eagle() or speculative.uses_draft_model()
+    if has_attention and speculative.attention_backend is None:
+        speculative.attention_backend = AttentionBackendEnum[BACKEND_NAME]
+        log_once(
+            logger,
+            f"speculative_config names no attention_backend: the layers of method "
+            f"{speculative.method!r} run on BMC, as the target's do",
+        )

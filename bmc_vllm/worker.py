@@ -25,6 +25,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from bmc_core import native
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.generators import only_for_kept_tokens
+from bmc_vllm.layout import lost_layout
 from bmc_vllm.memory import KVPoolMemory, gib
 from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
@@ -69,6 +70,7 @@ class BMCWorker(CPUWorker):
                 self._memory = None
         if self.is_driver_worker:
             self._log_start(kv_cache_config)
+            self._log_unusual()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if self._memory is not None:
@@ -117,3 +119,14 @@ class BMCWorker(CPUWorker):
             block_size,
             torch.get_num_threads(),
         )
+
+    def _log_unusual(self) -> None:
+        """What differs from the engine that is tested and measured."""
+        loss = lost_layout(self.vllm_config)
+        if loss is not None:
+            logger.warning("BMC: %s", loss)
+        if self.use_v2_model_runner:
+            logger.warning(
+                "BMC: vLLM's second model runner has not been tested with attention backend BMC; "
+                "VLLM_USE_V2_MODEL_RUNNER=0 selects the first, which has been"
+            )

@@ -11,24 +11,34 @@ import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
+from vllm.model_executor.layers.attention import attention as attention_layer
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.core import single_type_kv_cache_manager
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics import prometheus
 from vllm.v1.spec_decode.dflash import DFlashProposer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from bmc_core.attention import AttentionBatch
-from bmc_vllm.attention import KNOWN_FIELDS, BMCAttentionMetadata
+from bmc_vllm.attention import KNOWN_FIELDS, BMCAttentionImpl, BMCAttentionMetadata
 from bmc_vllm.free_chunks import ChunkedFreeQueue
+from bmc_vllm.platform import STOCK_WORKER_CLASS
 from bmc_vllm.selector import WORDS
 
 
@@ -169,3 +179,91 @@ def test_instance_id() -> None:
     assert first.instance_id != second.instance_id
     source = inspect.getsource(VllmConfig.__post_init__)
     assert source.index("self.instance_id") < source.index("check_and_update_config(self)")
+
+
+def test_block_pool_takes_no_place() -> None:
+    """kv_cache_manager.py and patches/: a manager cannot say where its next block should lie."""
+    assert parameters(BlockPool.get_new_blocks) == ["self", "num_blocks"]
+
+
+def test_managers_that_allocate_in_their_own_way() -> None:
+    """kv_cache_manager.py: those we build on take vLLM's general method."""
+    own = {
+        name
+        for name, manager in vars(single_type_kv_cache_manager).items()
+        if isinstance(manager, type)
+        and issubclass(manager, SingleTypeKVCacheManager)
+        and manager is not SingleTypeKVCacheManager
+        and "allocate_new_blocks" in vars(manager)
+    }
+    assert own == {
+        "CircularBufferManager",
+        "MambaManager",
+        "HiSparseHotManager",
+        "HiSparseResidentManager",
+    }
+
+
+def test_attention_backend_customizes_the_spec() -> None:
+    """attention.py: a layer's spec passes through its backend. vLLM calls this a temporary
+    interface; where it goes away, the backend makes the spec itself."""
+    assert parameters(AttentionBackend.customize_spec) == ["spec"]
+    source = inspect.getsource(attention_layer.Attention.get_kv_cache_spec)
+    assert "customize_spec" in source
+
+
+def test_kv_cache_specs_are_registered_by_the_platform() -> None:
+    """platform.py: vLLM asks the platform once for specs of its own, with their managers."""
+    assert parameters(Platform.register_custom_kv_cache_specs) == ["vllm_config"]
+    source = inspect.getsource(single_type_kv_cache_manager.register_all_kvcache_specs)
+    assert "current_platform.register_custom_kv_cache_specs(vllm_config)" in source
+    assert parameters(KVCacheSpecRegistry.register)[:3] == [
+        "kvcache_spec_cls",
+        "manager_class",
+        "uniform_type_base_spec",
+    ]
+
+
+def test_platform_completes_the_configuration() -> None:
+    """platform.py: our hook has the last word, once for each configuration that vLLM makes."""
+    assert parameters(Platform.check_and_update_config) == ["vllm_config"]
+    source = inspect.getsource(VllmConfig.__post_init__)
+    assert source.count("current_platform.check_and_update_config(self)") == 1
+
+
+def test_platform_sets_the_worker() -> None:
+    """platform.py: the class that ours takes the place of."""
+    source = inspect.getsource(CpuPlatform.check_and_update_config)
+    assert f'parallel_config.worker_cls = "{STOCK_WORKER_CLASS}"' in source
+    assert f"{CPUWorker.__module__}.{CPUWorker.__name__}" == STOCK_WORKER_CLASS
+
+
+def test_platform_chooses_the_backend() -> None:
+    """platform.py: called with the user's choice and the layer's properties."""
+    assert parameters(CpuPlatform.get_attn_backend_cls) == [
+        "selected_backend",
+        "attn_selector_config",
+        "num_heads",
+    ]
+
+
+def test_draft_takes_the_named_backend() -> None:
+    """platform.py: a draft's backend is read after the platform has completed the configuration,
+    and is never the target's."""
+    source = inspect.getsource(SpecDecodeBaseProposer._create_draft_vllm_config)
+    assert "backend=spec_cfg.attention_backend" in source
+
+
+def test_attention_impl_signatures() -> None:
+    """attention.py: what a layer hands to its implementation; CPU_ATTN's is the pattern."""
+    for method in ("__init__", "forward", "do_kv_cache_update"):
+        stock = parameters(getattr(CPUAttentionBackendImpl, method))
+        assert parameters(getattr(BMCAttentionImpl, method)) == stock
+
+
+def test_layers_are_in_the_forward_context() -> None:
+    """layout.py: a layer tells its backend, its spec, and the pool's layout is one name."""
+    assert parameters(AttentionLayerBase.get_attn_backend) == ["self"]
+    assert parameters(AttentionLayerBase.get_kv_cache_spec) == ["self", "vllm_config"]
+    assert parameters(CacheConfig.get_resolved_kv_cache_layout) == ["self"]
+    assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)

@@ -13,8 +13,9 @@ SCRIPTS = Path(patching.__file__).parent
 PATCHES = sorted(patching.PATCHES.glob("*.patch"))
 
 
-def test_each_framework_has_one() -> None:
-    assert {patching.package_of(patch) for patch in PATCHES} == {"deepspeed", "vllm"}
+def test_each_framework_has_some() -> None:
+    names = [patching.package_of(patch) for patch in PATCHES]
+    assert names == ["deepspeed", "vllm", "vllm", "vllm"]
 
 
 def patch_named(part: str) -> Path:
@@ -94,3 +95,14 @@ def test_vllm_samples_with_a_seed_while_a_prompt_is_in_parts(tmp_path: Path) -> 
     assert found["patched"]["package"] == str(copy / "vllm")
     assert found["plain"]["in parts"] == "CPU Generator does not use offset"
     assert found["patched"]["in parts"] == found["patched"]["whole"] == found["plain"]["whole"]
+
+
+@pytest.mark.engine
+def test_vllm_goes_on_behind_a_requests_last_block(tmp_path: Path) -> None:
+    _, found = with_and_without("side-by-side", "patched_block_pool.py", tmp_path)
+    patched, plain = found["patched"], found["plain"]
+    assert patched["nowhere"] == plain["nowhere"] == [1, 2]
+    # Behind block 4 two are free, and the third holds a prefix.
+    assert patched["near"] == [5, 6, 1, 2]
+    assert patched["request"] == [1, 2, 3, 4]
+    assert plain["request"] != [1, 2, 3, 4]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 VOCAB = 512
 BASE = {
@@ -20,11 +21,29 @@ BASE = {
 }
 
 
-def _llama(num_kv_heads: int, head_dim: int = 32) -> torch.nn.Module:
+def _llama(num_kv_heads: int, head_dim: int = 32, **changes: int) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**BASE, num_key_value_heads=num_kv_heads, head_dim=head_dim)
+    config = LlamaConfig(**{**BASE, **changes}, num_key_value_heads=num_kv_heads, head_dim=head_dim)
     return LlamaForCausalLM(config)
+
+
+class _EagleHead(torch.nn.Module):
+    """One layer behind a projection of (embedding, hidden state), with EAGLE's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        llama = _llama(2, num_hidden_layers=1)
+        self.config = llama.config
+        self.config.architectures = ["LlamaForCausalLM"]
+        self.layers = llama.model.layers
+        del self.layers[0].input_layernorm  # EAGLE's first layer has none
+        size = self.config.hidden_size
+        self.fc = torch.nn.Linear(2 * size, size, bias=False)
+
+    def save_pretrained(self, path: Path) -> None:
+        self.config.save_pretrained(path)
+        save_file(self.state_dict(), path / "model.safetensors", {"format": "pt"})
 
 
 def _mistral_window() -> torch.nn.Module:
@@ -75,14 +94,78 @@ def _gpt_oss_sinks() -> torch.nn.Module:
     return model
 
 
+def _gemma3n_shared_kv() -> torch.nn.Module:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    # Layers 2 and 3 read the rows of layers 0 and 1.
+    config = Gemma3nTextConfig(
+        **{
+            **BASE,
+            "num_hidden_layers": 4,
+            "intermediate_size": [256] * 4,
+            "initializer_range": 0.02,
+        },
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    return Gemma3nForCausalLM(config)
+
+
+def _llama4_chunked() -> torch.nn.Module:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    # Three layers of chunked local attention, one of full; no experts.
+    config = Llama4TextConfig(
+        **{**BASE, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size_mlp=256,
+        attention_chunk_size=128,
+        interleave_moe_layer_step=8,
+        no_rope_layer_interval=4,
+    )
+    return Llama4ForCausalLM(config)
+
+
+def _lfm2_hybrid() -> torch.nn.Module:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **{**BASE, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"] * 2,
+        block_auto_adjust_ff_dim=False,
+        # vLLM reads these names.
+        block_dim=128,
+        block_ff_dim=256,
+        block_multiple_of=64,
+        block_ffn_dim_multiplier=1.0,
+        conv_dim=128,
+        conv_dim_out=128,
+    )
+    return Lfm2ForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-gqa": lambda: _llama(2),
     "llama-mha": lambda: _llama(4),
+    "llama-draft": lambda: _llama(2, num_hidden_layers=1),
     "llama-head512": lambda: _llama(2, head_dim=512),
+    "llama-eagle": _EagleHead,
     "mistral-window": _mistral_window,
     "gemma2": _gemma2,
     "bloom-alibi": _bloom_alibi,
     "gpt-oss-sinks": _gpt_oss_sinks,
+    "gemma3n-shared-kv": _gemma3n_shared_kv,
+    "llama4-chunked": _llama4_chunked,
+    "lfm2-hybrid": _lfm2_hybrid,
 }
 
 

@@ -38,3 +38,44 @@ def test_no_further_from_the_unquantized_cache_than_cpu_attn(
     ours = distance(first_logprobs(model, "BMC", kv_cache_dtype), plain)
     stock = distance(first_logprobs(model, "CPU_ATTN", kv_cache_dtype), plain)
     assert 0 < ours <= stock
+
+
+SCALES = {"_k_scale": 0.37, "_v_scale": 1.9}
+
+
+def decoded_logprobs(model: str, backend: str, kv_cache_dtype: str) -> list[list[dict[int, float]]]:
+    """Log-probabilities of 12 decode steps over caches whose scales are not 1."""
+    with engine(model, backend, dtype="bfloat16", kv_cache_dtype=kv_cache_dtype) as llm:
+        if kv_cache_dtype != "auto":
+            # As a checkpoint with calibrated scales sets them.
+            for layer in worker(llm).compilation_config.static_forward_context.values():
+                for name, scale in SCALES.items():
+                    getattr(layer, name).fill_(scale)
+                    setattr(layer, f"{name}_float", scale)
+        results = generate(llm, PROMPTS, max_tokens=12, logprobs=20)
+    return [
+        [{token: entry.logprob for token, entry in step.items()} for step in steps]
+        for _, steps in results
+    ]
+
+
+def decode_distance(
+    one: list[list[dict[int, float]]], other: list[list[dict[int, float]]]
+) -> float:
+    """Mean distance of the steps until the greedy tokens part."""
+    steps = []
+    for ours, theirs in zip(one, other, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            steps.append((a, b))
+            if max(a, key=a.__getitem__) != max(b, key=b.__getitem__):
+                break
+    assert len(steps) > 2 * len(one), "most requests are compared over some decode steps"
+    return distance([a for a, _ in steps], [b for _, b in steps])
+
+
+def test_decode_with_scales(model_dir: ModelStore) -> None:
+    model = model_dir("llama-gqa")
+    plain = decoded_logprobs(model, "CPU_ATTN", "auto")
+    ours = decode_distance(decoded_logprobs(model, "BMC", "fp8"), plain)
+    stock = decode_distance(decoded_logprobs(model, "CPU_ATTN", "fp8"), plain)
+    assert 0 < ours <= stock

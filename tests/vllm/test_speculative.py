@@ -1,7 +1,4 @@
-"""Speculative decoding: verification batches give the tokens of plain greedy decoding.
-
-A draft model never inherits the target's backend: its own is named in ``speculative_config``.
-"""
+"""Speculative decoding: verification batches give the tokens of plain greedy decoding."""
 
 import json
 import subprocess
@@ -62,17 +59,36 @@ def test_ngram(model_dir: ModelStore, expected: list[list[int]]) -> None:
     assert json.loads(line.removeprefix("RESULT ")) == expected
 
 
+DRAFT_LAYER = "draft_model.model.layers.0.self_attn.attn"
+
+
 @pytest.mark.parametrize(
-    ("draft_backend", "draft_gets"), [("BMC", {"BMC"}), ("CPU_ATTN", {"CPU_ATTN"})]
+    ("draft", "named", "runs_on", "loss"),
+    [
+        ("llama-draft", None, "BMC", None),
+        ("llama-draft", "BMC", "BMC", None),
+        ("llama-draft", "CPU_ATTN", "CPU_ATTN", f"layer {DRAFT_LAYER} on CPU_ATTN: "),
+        # Twice the KV heads: no setting of ours makes its blocks like the target's.
+        ("llama-mha", None, "BMC", f"{DRAFT_LAYER} differ in the shape of their blocks: "),
+    ],
+    ids=["inherits", "named", "other-backend", "other-shape"],
 )
 def test_draft_model(
-    model_dir: ModelStore, expected: list[list[int]], draft_backend: str, draft_gets: set[str]
+    model_dir: ModelStore,
+    expected: list[list[int]],
+    vllm_log: list[str],
+    draft: str,
+    named: str | None,
+    runs_on: str,
+    loss: str | None,
 ) -> None:
+    """The draft runs where the target does unless it names a backend, and no layer costs the
+    target its layout in silence."""
     speculative = {
         "method": "draft_model",
-        "model": model_dir("llama-mha"),
+        "model": model_dir(draft),
         "num_speculative_tokens": 3,
-        "attention_backend": draft_backend,
+        "attention_backend": named,
     }
     with engine(
         model_dir("llama-gqa"),
@@ -81,6 +97,24 @@ def test_draft_model(
         additional_config={"bmc": {"r": 64}},
     ) as llm:
         assert generate(llm, PROMPTS) == expected
-        assert backends(llm) == {"target": {"BMC"}, "draft": draft_gets}
+        assert backends(llm) == {"target": {"BMC"}, "draft": {runs_on}}
+        layout = worker(llm).cache_config.kv_cache_layout
+        assert layout == ("LHBNC" if loss is None else "LBHNC")
         assert scheduler(llm).growth_stats().growths > 0
+        flush(llm)
+    handed_down = [line for line in vllm_log if "names no attention_backend" in line]
+    assert len(handed_down) == (named is None)
+    lost = [line for line in vllm_log if "the KV pool's layout is" in line]
+    assert len(lost) == (loss is not None)
+    assert all(loss in line for line in lost)
+
+
+def test_eagle_head(model_dir: ModelStore, expected: list[list[int]]) -> None:
+    head = model_dir("llama-eagle")
+    speculative = {"method": "eagle", "model": head, "num_speculative_tokens": 3}
+    with engine(model_dir("llama-gqa"), "BMC", speculative_config=speculative) as llm:
+        assert generate(llm, PROMPTS) == expected
+        layers = worker(llm).compilation_config.static_forward_context.values()
+        assert [layer.attn_backend.get_name() for layer in layers] == ["BMC"] * 3
+        assert worker(llm).cache_config.kv_cache_layout == "LHBNC"
         flush(llm)
