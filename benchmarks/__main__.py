@@ -11,6 +11,7 @@ from benchmarks.generate import command as generate
 from benchmarks.growth import command as growth
 from benchmarks.kernel import command as kernel
 from benchmarks.lib.command import renamed
+from benchmarks.overhead import command as overhead
 from benchmarks.pool import command as pool
 from benchmarks.step import command as step
 
@@ -26,6 +27,7 @@ app.command("step")(step.command)
 app.command("generate")(generate.command)
 app.command("growth")(growth.command)
 app.command("pool")(pool.command)
+app.command("overhead")(overhead.command)
 app.command("model", hidden=True)(renamed(growth.command, "model", "growth"))
 
 

@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from torch import Tensor
+
 class Plan:
     @property
     def num_tokens(self) -> int: ...
@@ -9,6 +11,24 @@ class Plan:
         """(sequence, KV head, query begin, query count, KV begin, KV end, head begin, head count,
         split group or -1)
         """
+
+class BoundLayer:
+    """Both answer False, and have done nothing, where the call is not like the bound one."""
+
+    def attend(
+        self,
+        plan: Plan,
+        tokens: int,
+        query: Tensor,
+        kv_cache: Tensor,
+        out: Tensor,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        /,
+    ) -> bool: ...
+    def write(
+        self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, /
+    ) -> bool: ...
 
 _Plan = Plan  # the class, where Module has a function of that name
 
@@ -36,6 +56,18 @@ class Module(Protocol):
         causal: bool,
         /,
     ) -> _Plan: ...
+    def bind(
+        self,
+        kv_cache: Tensor,
+        rows: Tensor,
+        dtype: int,
+        cache_type: int,
+        scale: float,
+        key_scale: float,
+        value_scale: float,
+        softcap: float,
+        /,
+    ) -> BoundLayer | None: ...
     def attend(
         self,
         plan: _Plan,

@@ -50,6 +50,10 @@ _WINDOWS = "a positive number of rows, or None"
 _SOFT_CAPS = "0 (none) or a positive finite float32"
 
 
+PlanKey = tuple[int, int, int]
+"""What layers must have in common to share a plan: query heads, KV heads, window (0: none)."""
+
+
 class _CacheGeometry(NamedTuple):
     """Shape and strides of a KV cache tensor."""
 
@@ -94,7 +98,7 @@ def _checked_geometry(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Cach
     )
 
 
-def _type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[int, int]:
+def type_codes(name: str, rows: torch.Tensor, kv_cache: torch.Tensor) -> tuple[int, int]:
     """Native codes of the rows' dtype and of what the cache holds; checks that they go together."""
     if not isinstance(rows, torch.Tensor):
         raise TypeError(f"{name} is a {type(rows).__name__}; allowed: a torch.Tensor")
@@ -151,7 +155,7 @@ def write_kv(
     cache, cache_span = _cache_geometry(kv_cache)
     if cache.overlaps:
         raise refusal("kv_cache's strides", kv_cache.stride(), "blocks that do not overlap")
-    dtype_code, cache_code = _type_codes("key", key, kv_cache)
+    dtype_code, cache_code = type_codes("key", key, kv_cache)
     key_span, key_strides = check_rows("key", key, key.dtype)
     value_span, value_strides = check_rows("value", value, key.dtype)
     check_apart("key", key_span, "kv_cache", cache_span)
@@ -240,7 +244,7 @@ class AttentionBatch:
         self.block_size = block_size
         self.causal = causal
         self._check_tensors()
-        self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._plans: dict[PlanKey, Plan] = {}
 
     def _check_tensors(self) -> None:
         """Types and shapes: when the batch is made, and again when they are read, since a tensor's
@@ -267,6 +271,10 @@ class AttentionBatch:
             count = self.first_rows.shape[0]
             if count != sequences:
                 raise refusal("first_rows' length", count, f"{sequences} (one per sequence)")
+
+    def planned(self, key: PlanKey) -> Plan | None:
+        """The native plan of a geometry (`plan_key`) that a layer has used the batch with."""
+        return self._plans.get(key)
 
     def plan(self, tokens: int, num_query_heads: int, num_kv_heads: int, window: int) -> Plan:
         """The native plan for one layer geometry and `tokens` query rows; `window` 0 means none."""
@@ -295,6 +303,20 @@ class AttentionBatch:
         if plan.num_tokens != tokens:
             raise refusal("query's rows", tokens, f"{plan.num_tokens} (the end of query_start_loc)")
         return plan
+
+
+def plan_key(num_query_heads: int, num_kv_heads: int, sliding_window: int | None) -> PlanKey:
+    """Of a layer that `paged_attention` takes.
+
+    Raises:
+        TypeError, ValueError: `sliding_window` is not allowed.
+    """
+    window = 0
+    if sliding_window is not None:
+        window = whole_number("sliding_window", sliding_window, _WINDOWS)
+        if window <= 0:
+            raise refusal("sliding_window", sliding_window, _WINDOWS)
+    return num_query_heads, num_kv_heads, min(window, MAX_SEQ_LEN)
 
 
 def _per_head(name: str, tensor: torch.Tensor | None, heads: int, out_span: Span) -> int:
@@ -355,7 +377,7 @@ def paged_attention(
         RuntimeError: another thread attends with the same batch.
     """
     cache, cache_span = _cache_geometry(kv_cache)
-    dtype_code, cache_code = _type_codes("query", query, kv_cache)
+    dtype_code, cache_code = type_codes("query", query, kv_cache)
     query_span, query_strides = check_rows("query", query, query.dtype)
     out_span, out_strides = check_rows("out", out, query.dtype)
     _check_scales(kv_cache, key_scale, value_scale)
@@ -379,16 +401,12 @@ def paged_attention(
         raise refusal(
             "the batch's block_size", batch.block_size, f"{cache.block_size} (kv_cache's)"
         )
-    window = 0
-    if sliding_window is not None:
-        window = whole_number("sliding_window", sliding_window, _WINDOWS)
-        if window <= 0:
-            raise refusal("sliding_window", sliding_window, _WINDOWS)
+    geometry = plan_key(heads, cache.heads, sliding_window)
     if logits_soft_cap != 0.0 and logits_soft_cap < FLOAT32.tiny:
         raise refusal("logits_soft_cap", logits_soft_cap, _SOFT_CAPS)
     slopes = _per_head("alibi_slopes", alibi_slopes, heads, out_span)
     sink_logits = _per_head("sinks", sinks, heads, out_span)
-    plan = batch.plan(tokens, heads, cache.heads, min(window, MAX_SEQ_LEN))
+    plan = batch.plan(tokens, *geometry)
     native.module().attend(
         plan,
         tokens,

@@ -30,9 +30,8 @@ from bmc_core.attention import (
     DTYPES,
     HEAD_SIZES,
     AttentionBatch,
-    paged_attention,
-    write_kv,
 )
+from bmc_core.layer import AttentionLayer
 from bmc_vllm.kv_cache_interface import to_bmc_spec
 
 if TYPE_CHECKING:
@@ -218,9 +217,9 @@ class BMCAttentionMetadataBuilder(AttentionMetadataBuilder[BMCAttentionMetadata]
             impl.refresh_sinks()
         num_reqs = common.num_reqs
         batch = AttentionBatch(
-            common.query_start_loc[: num_reqs + 1].to(torch.int32),
-            common.seq_lens[:num_reqs].to(torch.int32),
-            common.block_table_tensor[:num_reqs].to(torch.int32),
+            _first(common.query_start_loc, num_reqs + 1).to(torch.int32),
+            _first(common.seq_lens, num_reqs).to(torch.int32),
+            _first(common.block_table_tensor, num_reqs).to(torch.int32),
             self.block_size,
             causal=common.causal,
         )
@@ -271,6 +270,7 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
             )
         self._sinks_parameter = sinks
         self.sinks: torch.Tensor | None = None
+        self._operator: AttentionLayer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # The parameter is empty until the checkpoint is read.
@@ -312,18 +312,8 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
             )
         if attn_metadata is None:
             return output
-        num_tokens = attn_metadata.num_actual_tokens
-        paged_attention(
-            query[:num_tokens],
-            kv_cache if self._fp8 is None else kv_cache.view(self._fp8),
-            attn_metadata.batch,
-            output[:num_tokens],
-            scale=self.scale,
-            sliding_window=self.sliding_window,
-            alibi_slopes=self.alibi_slopes,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=self.sinks,
-            **self._scales(layer),
+        self._operator_of(layer).attend(
+            query, kv_cache, attn_metadata.batch, output, attn_metadata.num_actual_tokens
         )
         return output
 
@@ -336,17 +326,37 @@ class BMCAttentionImpl(AttentionImpl[BMCAttentionMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Writes ``key`` and ``value`` ([T, num_kv_heads, head_size]) to their slots; -1 skips."""
-        num_slots = slot_mapping.shape[0]
-        write_kv(
-            key[:num_slots],
-            value[:num_slots],
-            kv_cache if self._fp8 is None else kv_cache.view(self._fp8),
-            slot_mapping,
-            **self._scales(layer),
-        )
+        self._operator_of(layer).write(key, value, kv_cache, slot_mapping)
 
-    def _scales(self, layer: Any) -> dict[str, float]:
-        """The layer's scales of quantized keys and values; a plain cache has none."""
-        if self._fp8 is None:
-            return {}
-        return {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
+    def _operator_of(self, layer: Any) -> AttentionLayer:
+        """The operator with the layer's settings; weights that are loaded again may change the
+        sinks and, of a quantized cache, the scales."""
+        operator = self._operator
+        if (
+            operator is not None
+            and operator.sinks is self.sinks
+            and (
+                self._fp8 is None
+                or (
+                    operator.key_scale == layer._k_scale_float
+                    and operator.value_scale == layer._v_scale_float
+                )
+            )
+        ):
+            return operator
+        self._operator = AttentionLayer(
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            alibi_slopes=self.alibi_slopes,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=self.sinks,
+            cache_dtype=self._fp8,
+            key_scale=1.0 if self._fp8 is None else layer._k_scale_float,
+            value_scale=1.0 if self._fp8 is None else layer._v_scale_float,
+        )
+        return self._operator
+
+
+def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``rows[:count]``, without the price of a slice where that is all of them."""
+    return rows if rows.shape[0] == count else rows[:count]

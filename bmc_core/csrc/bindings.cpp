@@ -1,10 +1,12 @@
 // The native module bmc_core._native: addresses, shapes and strides in; exceptions out. What a
 // tensor may be is checked in bmc_core/attention.py and checks.py; here everything that a wrong
-// value could turn into a wild address is checked again.
+// value could turn into a wild address is checked again. BoundLayer takes tensors, and refuses what
+// those two must look at.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -15,6 +17,7 @@
 #include "cpu_features.h"
 #include "plan.h"
 #include "grow_in_place.h"
+#include "tensor_view.h"
 
 namespace py = pybind11;
 
@@ -208,6 +211,105 @@ void write_rows(uintptr_t key, int64_t key_stride_token, int64_t key_stride_head
                omp_get_max_threads()});
 }
 
+const TensorViewer& viewer() {
+  static const TensorViewer* torch_tensors = new TensorViewer();  // lives as long as torch
+  return *torch_tensors;
+}
+
+// One layer's operator over one cache, for calls like one that attention.py has checked: a call
+// answers false, and has done nothing, where it is not like that one.
+class BoundLayer {
+ public:
+  // Null where the cache or the rows cannot be viewed (see TensorViewer).
+  static std::unique_ptr<BoundLayer> bind(py::handle kv_cache, py::handle rows, int dtype,
+                                          int cache_type, float scale, float key_scale,
+                                          float value_scale, float softcap) {
+    std::unique_ptr<BoundLayer> layer(new BoundLayer);
+    TensorView first;
+    if (!viewer().view(kv_cache, 4, &layer->cache_, &layer->cache_element_)) return nullptr;
+    if (!viewer().view(rows, 3, &first, &layer->rows_element_)) return nullptr;
+    const int64_t* strides = layer->cache_.strides;
+    if (strides[3] != 1 || strides[2] != layer->cache_.shape[3]) return nullptr;
+    check_rows(layer->block_size(), layer->head_size());
+    layer->heads_ = first.shape[1];
+    layer->dtype_ = dtype;
+    layer->cache_type_ = cache_type;
+    layer->scale_ = scale;
+    layer->key_scale_ = key_scale;
+    layer->value_scale_ = value_scale;
+    layer->softcap_ = softcap;
+    return layer;
+  }
+
+  // Of the first rows of `query` and `out`, `tokens` of them; the others are padding.
+  bool attend(Plan& plan, int64_t tokens, py::handle query, py::handle kv_cache, py::handle out,
+              py::handle slopes, py::handle sinks) const {
+    TensorView q, o;
+    uintptr_t slopes_at, sinks_at;
+    if (!holds(kv_cache) || !view_rows(query, &q) || !view_rows(out, &o)) return false;
+    if (plan.num_tokens() != tokens || q.shape[0] < tokens || o.shape[0] < tokens) return false;
+    if (plan.block_size() != block_size() || !packed(o)) return false;
+    if (!o.apart_from(cache_) || !o.apart_from(q)) return false;
+    if (!per_head(slopes, o, &slopes_at) || !per_head(sinks, o, &sinks_at)) return false;
+    bmc::attend(plan, tokens, q.begin, q.strides[0], q.strides[1], o.begin, o.strides[0],
+                o.strides[1], cache_.begin, cache_.shape[0], cache_.strides[0], cache_.strides[1],
+                block_size(), head_size(), dtype_, cache_type_, scale_, value_scale_, softcap_,
+                slopes_at, sinks_at);
+    return true;
+  }
+
+  // Rows past the slots are padding.
+  bool write(py::handle key, py::handle value, py::handle kv_cache, py::handle slots) const {
+    TensorView k, v, s;
+    if (!holds(kv_cache) || !view_rows(key, &k) || !view_rows(value, &v)) return false;
+    if (!viewer().view(slots, 1, kInt64, &s) || s.strides[0] != 1) return false;
+    if (heads_ != cache_.shape[1] || v.shape[0] != k.shape[0]) return false;
+    if (!k.apart_from(cache_) || !v.apart_from(cache_)) return false;
+    const int64_t tokens = std::min(k.shape[0], s.shape[0]);
+    write_rows(k.begin, k.strides[0], k.strides[1], v.begin, v.strides[0], v.strides[1],
+               cache_.begin, cache_.strides[0], cache_.strides[1], s.begin, tokens, cache_.shape[0],
+               heads_, block_size(), head_size(), dtype_, cache_type_, key_scale_, value_scale_);
+    return true;
+  }
+
+ private:
+  int32_t block_size() const { return static_cast<int32_t>(cache_.shape[2]); }
+  int32_t head_size() const { return static_cast<int32_t>(cache_.shape[3] / 2); }
+
+  bool holds(py::handle kv_cache) const {
+    TensorView now;
+    return viewer().view(kv_cache, 4, cache_element_, &now) && now.begin == cache_.begin &&
+           std::equal(now.shape, now.shape + 4, cache_.shape) &&
+           std::equal(now.strides, now.strides + 4, cache_.strides);
+  }
+
+  bool view_rows(py::handle rows, TensorView* view) const {
+    return viewer().view(rows, 3, rows_element_, view) && view->shape[1] == heads_ &&
+           view->shape[2] == head_size() && view->strides[2] == 1;
+  }
+
+  // Rows one after the other: in another order they may lie on each other.
+  bool packed(const TensorView& rows) const {
+    return rows.strides[1] == head_size() && rows.strides[0] == heads_ * head_size();
+  }
+
+  // The address of one value for each head; 0 for None.
+  bool per_head(py::handle values, const TensorView& out, uintptr_t* address) const {
+    *address = 0;
+    if (values.is_none()) return true;
+    TensorView view;
+    if (!viewer().view(values, 1, kFloat32Element, &view) || view.shape[0] != heads_) return false;
+    *address = view.begin;
+    return view.strides[0] == 1 && out.apart_from(view);
+  }
+
+  TensorView cache_;
+  ElementType cache_element_, rows_element_;
+  int64_t heads_ = 0;
+  int dtype_ = 0, cache_type_ = 0;
+  float scale_ = 1, key_scale_ = 1, value_scale_ = 1, softcap_ = 0;
+};
+
 void grow_in_place_checked(uintptr_t base, int64_t room, int64_t parts, int64_t valid,
                            int64_t old_stride, int64_t new_stride) {
   if (parts < 0 || valid < 0 || valid > old_stride || old_stride > new_stride ||
@@ -246,6 +348,10 @@ PYBIND11_MODULE(_native, m) {
         }
         return rows;
       });
+  py::class_<BoundLayer>(m, "BoundLayer", py::module_local())
+      .def("attend", &BoundLayer::attend)
+      .def("write", &BoundLayer::write);
+  m.def("bind", &BoundLayer::bind);
   m.def("attend", &attend);
   m.def("write", &write_rows);
   m.def("grow_in_place", &grow_in_place_checked);

@@ -27,7 +27,7 @@ def rooms_known_by(file: Path) -> set[str]:
 
 
 def test_there_are_commands() -> None:
-    assert {"kernel", "step", "generate", "growth"} <= COMMANDS
+    assert {"kernel", "step", "generate", "growth", "overhead"} <= COMMANDS
     assert COMMANDS | {"lib", "engines"} == FOLDERS
 
 

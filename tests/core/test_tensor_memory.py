@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from bmc_core.attention import AttentionBatch, write_kv
+from tests.support.odd_tensors import (
+    fake,
+    freed,
+    freed_with_an_offset,
+    negated,
+    on_meta,
+    shrunk,
+    shrunk_with_gaps,
+    sparse,
+    with_history,
+)
 from tests.support.reference import Case, Inputs
 from tests.support.small_batch import attend, small_inputs
 
@@ -107,49 +117,6 @@ def test_rows_to_write_that_are_the_cache(inputs: Inputs) -> None:
     assert not torch.equal(inputs.kv_cache, before)
 
 
-def negated(tensor: torch.Tensor) -> torch.Tensor:
-    return torch._neg_view(tensor)
-
-
-def fake(tensor: torch.Tensor) -> torch.Tensor:
-    return FakeTensorMode().from_tensor(tensor)
-
-
-def freed(tensor: torch.Tensor) -> torch.Tensor:
-    whole = tensor.clone()
-    whole.untyped_storage().resize_(0)
-    return whole
-
-
-def freed_with_an_offset(tensor: torch.Tensor) -> torch.Tensor:
-    whole = torch.cat([tensor, tensor])
-    part = whole[len(tensor) :]
-    whole.untyped_storage().resize_(0)
-    return part
-
-
-def shrunk(tensor: torch.Tensor) -> torch.Tensor:
-    """One byte of the last element is missing."""
-    whole = tensor.clone()
-    whole.untyped_storage().resize_(whole.nbytes - 1)
-    return whole
-
-
-def shrunk_with_gaps(tensor: torch.Tensor) -> torch.Tensor:
-    whole = torch.zeros(2 * len(tensor), *tensor.shape[1:], dtype=tensor.dtype)
-    part = whole[1::2]
-    whole.untyped_storage().resize_(whole.nbytes - 1)
-    return part
-
-
-def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("meta")
-
-
-def sparse(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_sparse()
-
-
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -219,10 +186,6 @@ def test_subclasses_and_parameters_with_memory_are_accepted(inputs: Inputs) -> N
         out = torch.empty_like(inputs.query)
         attend(inputs, query=query, out=out, scale=inputs.scale)
         assert torch.equal(out, expected)
-
-
-def with_history(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone().requires_grad_() * 1
 
 
 def test_gradients_are_refused_where_they_would_be_lost(inputs: Inputs) -> None:

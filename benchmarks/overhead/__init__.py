@@ -1,0 +1,1 @@
+"""`python -m benchmarks overhead`: what a layer of vLLM costs before anything is computed."""
