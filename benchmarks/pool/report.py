@@ -18,12 +18,12 @@ def document(report: Report) -> dict[str, Any]:
     """The run as plain data: the head of `lib/record.py`, and
 
     "settings": {turnovers, seed, loads: [...], systems: [...]},
-    "rows": [{load, system, hits, "worn": figures, "turnovers": [figures]}],
+    "rows": [{load, system, hits, attention, "worn": figures, "turnovers": [figures]}],
     "admissions": [{blocks, block_size, requests, prompt, outputs, system, steps, most_running,
                     preempted}]
 
     figures: {growths, adjacent, stretch, spare, hits, microseconds, preempted}, see `run.Turnover`;
-    worn is their median over the second half of the turnovers, hits of a row is over all.
+    worn is their median over the second half of the turnovers. hits and attention: see `run.Row`.
     """
     options = report.options
     settings = {
@@ -43,6 +43,7 @@ def document(report: Report) -> dict[str, Any]:
                 "load": row.load.name,
                 "system": row.system.name,
                 "hits": row.hits,
+                "attention": row.attention,
                 "worn": row.worn._asdict(),
                 "turnovers": [turnover._asdict() for turnover in row.turnovers],
             }
@@ -67,6 +68,11 @@ def show(report: Report, console: Console, with_goals: bool = False) -> None:
     console.print(_table(report))
     same = "not the same" if report.failures else "the same"
     number = len(report.admitted) // 2
+    console.print(
+        "attention: time of BMC's kernel over these block tables, over that of the same rows in "
+        "one stretch a request",
+        highlight=False,
+    )
     console.print(
         f"Admission: {number} pools, all requests waiting at once: {same} steps, requests running "
         "and preemptions as vLLM with the same blocks.",
@@ -93,6 +99,7 @@ def _table(report: Report) -> Table:
         "rows side by side",
         "spare rows",
         "prefix hits",
+        "attention",
         "scheduling us",
         "preempted",
     ):
@@ -116,6 +123,7 @@ def _cells(row: Row, before: str) -> list[str]:
         f"{worn.stretch:.0f}",
         f"{worn.spare:.0f}",
         f"{row.hits:.2%}" if row.load.caching else "-",
+        f"{row.attention:.3f}x",
         f"{worn.microseconds:.0f}",
         f"{sum(turnover.preempted for turnover in row.turnovers)}",
     ]

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from benchmarks.lib.goals import Goal, Verdict, holding, load, under_load
 from benchmarks.lib.load import Load, Requests
 from benchmarks.lib.record import Record, Recorder
+from benchmarks.pool.attention import Tables, slower
 from benchmarks.pool.cases import ADMISSIONS, Admission, System
 from benchmarks.pool.scheduling import served
 from bmc_core.costs.measure import Progress
@@ -29,6 +30,7 @@ from bmc_vllm.scheduler import BMCScheduler
 GOALS = load(Path(__file__).with_name("goals.toml"))
 LOOK_STEPS = 20
 """Steps between two looks at the block tables."""
+ATTENTION_SECONDS = 4.0
 CHECK_TURNOVERS = 4
 """Turnovers between two full checks of the pool."""
 
@@ -66,12 +68,19 @@ class Turnover(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One system under one load, turnover by turnover; `hits`: over all of them."""
+    """One system under one load, turnover by turnover.
+
+    Attributes:
+        hits: over all turnovers.
+        attention: time of BMC's decode attention over the last block tables, over that of the same
+            rows in one stretch a request.
+    """
 
     load: Load
     system: System
     turnovers: list[Turnover]
     hits: float
+    attention: float
 
     @property
     def worn(self) -> Turnover:
@@ -130,7 +139,9 @@ def _serve(one: Load, options: Options, tell: Progress) -> list[Row]:
             pool.turn_over()
             if turn % CHECK_TURNOVERS == 0:
                 pool.check()
-    return [pool.row() for pool in worn]
+    tell("attention over the block tables", 1.0)
+    attention = slower([pool.tables() for pool in worn], ATTENTION_SECONDS)
+    return [pool.row(times) for pool, times in zip(worn, attention, strict=True)]
 
 
 class _Worn:
@@ -219,8 +230,20 @@ class _Worn:
         if isinstance(self.served.scheduler, BMCScheduler):
             self.served.scheduler.check_integrity()
 
-    def row(self) -> Row:
-        return Row(self.load, self.system, self.turnovers, self.hit / max(1, self.asked))
+    def tables(self) -> Tables:
+        scheduler = self.served.scheduler
+        running = [r for r in scheduler.running if r.num_computed_tokens]
+        manager = scheduler.kv_cache_manager
+        return Tables(
+            [manager.get_block_ids(request.request_id)[0] for request in running],
+            [request.num_computed_tokens for request in running],
+            self.system.block_size,
+            self.num_blocks,
+        )
+
+    def row(self, attention: float) -> Row:
+        hits = self.hit / max(1, self.asked)
+        return Row(self.load, self.system, self.turnovers, hits, attention)
 
 
 def _admissions(systems: Sequence[System]) -> tuple[list[Admitted], list[str]]:
@@ -270,4 +293,6 @@ def _figure(metric: str, ours: Row, theirs: Row) -> float | None:
         return ours.hits / theirs.hits if theirs.hits else None
     if metric == "scheduling":
         return ours.worn.microseconds / theirs.worn.microseconds
+    if metric == "attention":
+        return ours.attention
     return float(getattr(ours.worn, metric))

@@ -29,6 +29,7 @@ def test_a_worn_pool_still_gives_neighbors(found: run.Report) -> None:
         assert ours.adjacent > 0.6 > 0.5 > theirs.adjacent
         assert ours.growths < 15 < 28 < theirs.growths < 34
         assert ours.spare > theirs.spare
+        assert 0.3 < rows[load, "bmc"].attention < 5
         assert rows[load, "vllm_128"].worn.growths < 15
     assert rows["plain", "bmc"].hits == 0 < rows["small", "bmc"].hits
     assert rows["talks", "bmc"].hits > 0.1
