@@ -7,7 +7,6 @@ measured to be its fastest. Knows nothing of the engines beside it.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.engines.base import Batch, Engine, Step
+from benchmarks.engines.base import Batch
+from benchmarks.engines.worker_engine import WorkerEngine
 from benchmarks.lib.llama import LlamaShape, RandomLlama, drawn_tokens
 from benchmarks.lib.worker_client import WorkerProcess, worker_command
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
-CALL_SECONDS = 600.0
-"""For a request; the longest one runs a prompt of a few thousand rows through the model."""
 
 
-class LlamaCpp(Engine):
+class LlamaCpp(WorkerEngine):
     """llama.cpp over the model's weights: float32 or bfloat16, rotary positions not scaled.
 
     It has no reference but itself: its rows come from a prompt that it computes, not from the drawn
@@ -41,57 +39,30 @@ class LlamaCpp(Engine):
     def __init__(self, python: Path, threads: int) -> None:
         self.python = python
         self.threads = threads
-        self.worker: WorkerProcess | None = None
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self, model: RandomLlama, largest: Batch) -> None:
         self.vocabulary = model.shape.vocabulary
-        self.folder = tempfile.TemporaryDirectory()
         title = f"--llama-cpp-python {self.python}"
         self.worker = WorkerProcess(title, worker_command(self.python, WORKER))
-        folder = Path(self.folder.name)
-        tensors = _save(model.module, folder)
+        tensors = _save(model.module, self.folder)
         config = _config(model.module)
-        self._ask("load", folder=str(folder), config=config, tensors=tensors, threads=self.threads)
-
-    def _ask(self, do: str, **request: Any) -> dict[str, Any]:
-        assert self.worker is not None, "start comes first"
-        return self.worker.ask(CALL_SECONDS, do=do, **request)
+        self._ask(
+            "load", folder=str(self.folder), config=config, tensors=tensors, threads=self.threads
+        )
 
     def fill(self, batch: Batch) -> None:
         tokens = drawn_tokens(self.vocabulary, 1, batch.rows + 1)[0].tolist()
         self._ask("fill", prompt=tokens, batch=batch.sequences, new=batch.new_rows)
 
-    def step(self, count: int) -> list[Step]:
-        return [Step(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
-
     def logits(self) -> torch.Tensor:
         self._ask("steps", count=1)
         rows = self._ask("logits")["rows"]
-        assert self.folder is not None
-        logits = np.fromfile(Path(self.folder.name) / "logits.bin", np.float32)
+        logits = np.fromfile(self.folder / "logits.bin", np.float32)
         return torch.from_numpy(logits.reshape(rows, self.vocabulary))
-
-    def tokens(self) -> list[list[int]]:
-        return self._ask("result")["tokens"]
-
-    def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
-        return torch.tensor(self._ask("generate", prompts=prompts.tolist(), new=new)["tokens"])
 
     def start_bytes(self, shape: LlamaShape, largest: Batch) -> int:
         """Weights of its own: the GGUF file, mapped."""
         return shape.weight_bytes
-
-    def empty(self) -> None:
-        self._ask("empty")
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
-            self.worker = None
-        if self.folder is not None:
-            self.folder.cleanup()
-            self.folder = None
 
 
 def _config(model: LlamaForCausalLM) -> dict[str, Any]:

@@ -9,28 +9,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.engines.base import Batch, Engine, Step
+from benchmarks.engines.base import Batch
+from benchmarks.engines.worker_engine import WorkerEngine
 from benchmarks.lib.llama import LlamaShape, RandomLlama
 from benchmarks.lib.worker_client import WorkerError, WorkerProcess, worker_command
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TREE = Path(__file__).resolve().parents[2]
 BACKENDS = {"bmc_vllm": "BMC", "cpu_attn": "CPU_ATTN"}
-CALL_SECONDS = 600.0
-"""For a request; the longest ones build an engine, or run prompts through the model."""
 TURNOVERS = 10
 """How often a worn pool was used through."""
 MARGIN = 64
 """Rows for the tokens that sequences get while others are still prefilled."""
 
 
-class VLLM(Engine):
+class VLLM(WorkerEngine):
     """vLLM over the model's folder.
 
     Args:
@@ -52,15 +49,12 @@ class VLLM(Engine):
         self.compile = compile
         self.drawn = drawn
         self.threads = 0
-        self.worker: WorkerProcess | None = None
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self, model: RandomLlama, largest: Batch) -> None:
-        self.folder = tempfile.TemporaryDirectory()
         self.worker = WorkerProcess(
             self.process,
             worker_command(sys.executable, WORKER),
-            environment(self.bind, Path(self.folder.name)),
+            environment(self.bind, self.folder),
         )
         answer = self._ask(
             "start",
@@ -79,10 +73,6 @@ class VLLM(Engine):
                 f"allowed: {self.title}"
             )
 
-    def _ask(self, do: str, **request: Any) -> dict[str, Any]:
-        assert self.worker is not None, "start comes first"
-        return self.worker.ask(CALL_SECONDS, do=do, **request)
-
     def fill(self, batch: Batch) -> None:
         self._ask(
             "fill",
@@ -92,20 +82,10 @@ class VLLM(Engine):
             drawn=self.drawn,
         )
 
-    def step(self, count: int) -> list[Step]:
-        return [Step(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
-
     def logits(self) -> torch.Tensor:
-        assert self.folder is not None
-        path = Path(self.folder.name) / "logits.pt"
+        path = self.folder / "logits.pt"
         self._ask("logits", path=str(path))
         return torch.load(path, weights_only=True)
-
-    def tokens(self) -> list[list[int]]:
-        return self._ask("result")["tokens"]
-
-    def generate(self, prompts: torch.Tensor, new: int) -> torch.Tensor:
-        return torch.tensor(self._ask("generate", prompts=prompts.tolist(), new=new)["tokens"])
 
     def start_bytes(self, shape: LlamaShape, largest: Batch) -> int:
         """Pool, weights and their packed copies, vLLM itself."""
@@ -117,18 +97,6 @@ class VLLM(Engine):
 
     def wear(self) -> None:
         self._ask("wear", turnovers=TURNOVERS)
-
-    def empty(self) -> None:
-        """The sequences end; the pool stays."""
-        self._ask("empty")
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
-            self.worker = None
-        if self.folder is not None:
-            self.folder.cleanup()
-            self.folder = None
 
 
 def pool_bytes(shape: LlamaShape, batch: Batch) -> int:

@@ -169,7 +169,7 @@ class RandomLlama:
         if self._folder is None:
             from safetensors.torch import save_file
 
-            self._folder = tempfile.TemporaryDirectory()
+            self._folder = tempfile.TemporaryDirectory(prefix="bmc-benchmarks-")
             path = Path(self._folder.name)
             config = {
                 **self.shape.config(self.max_rows),

@@ -41,7 +41,7 @@ def configuration(
     system: System, requests: int, max_rows: int, num_blocks: int, caching: bool
 ) -> VllmConfig:
     """As of `vllm serve`, for a model of which nothing but the configuration exists."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="bmc-benchmarks-") as folder:
         Path(folder, "config.json").write_text(json.dumps(MODEL))
         bmc: dict[str, Any] = {}
         if system.r is not None:

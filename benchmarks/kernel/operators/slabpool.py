@@ -34,7 +34,7 @@ class SlabPool(Operator):
 
     def __init__(self, target: int, python: Path) -> None:
         self.target = target
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(prefix="bmc-benchmarks-")
         try:
             self.worker = WorkerProcess(f"--pace-python {python}", worker_command(python, WORKER))
             try:
