@@ -302,6 +302,8 @@ class ChunkedFreeQueue(FreeKVCacheBlockQueue):
         """
         for chunk in list(islice(self._rests, PROBES)):
             first = self._rests.pop(chunk)
+            if chunk in self._empty:
+                continue  # There is nothing in front of the rest to be spared.
             if all(self._is_free(i) for i in range(first, self._end_of(first))):
                 self._take_behind(first - 1, 1, taken)
                 return

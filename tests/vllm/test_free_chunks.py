@@ -131,6 +131,15 @@ def test_a_growth_takes_what_an_ended_request_left_of_its_chunk() -> None:
     assert take(pool, 2, "c", after=2) == [3, 4]
 
 
+def test_a_chunk_without_prefixes_is_taken_from_its_beginning() -> None:
+    pool = pool_of(8, caching=False)
+    blocks = take(pool, 1, "a")
+    pool.free_block_queue.release("a", blocks[-1])
+    free(pool, blocks, cached=False)
+    assert take(pool, 1, "b") == [1], "not from where a had ended"
+    assert pool.free_block_queue.num_spare("b", 1) == 3
+
+
 def test_what_an_ended_request_left_is_its_successors() -> None:
     """Whoever found its prefix, and goes on where it ended, has the rest of the chunk."""
     pool = pool_of(8)
