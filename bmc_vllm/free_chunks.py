@@ -227,7 +227,9 @@ class ChunkedFreeQueue(FreeKVCacheBlockQueue):
 
     def _taken(self, block: KVCacheBlock) -> None:
         chunk = (block.block_id - 1) // self.chunk_blocks
-        if chunk in self._rests and block.block_id >= self._rests[chunk]:
+        rest = self._rests.get(chunk)
+        # A new owner of a block in front of the rest goes on there.
+        if rest is not None and (block.block_id >= rest or self._place is not None):
             del self._rests[chunk]
         if self._num_free[chunk] == self.chunk_blocks:
             for chunks in (self._held, self._empty, self._kept):
@@ -300,6 +302,8 @@ class ChunkedFreeQueue(FreeKVCacheBlockQueue):
         """
         for chunk in list(islice(self._rests, PROBES)):
             first = self._rests.pop(chunk)
+            if chunk in self._empty:
+                continue  # There is nothing in front of the rest to be spared.
             if all(self._is_free(i) for i in range(first, self._end_of(first))):
                 self._take_behind(first - 1, 1, taken)
                 return

@@ -113,12 +113,16 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
             return super().allocate_external_computed_blocks(*arguments)
 
     def _place(self, request_id: str, blocks: list[KVCacheBlock], num_tokens: int) -> Place:
-        """Behind the request's last block; the whole prompt gets room with its first chunk."""
+        """Behind the request's last block; the whole prompt, or as much of it as is held at a time,
+        gets room with its first chunk."""
         assert self._growth is not None
         request = self._growth.requests.get(request_id)
         rows = max(num_tokens, request.num_prompt_tokens if request is not None else 0)
+        room = cdiv(rows, self.block_size) - len(blocks)
+        if self.max_admission_blocks_per_request is not None:  # Behind a window blocks are freed.
+            room = min(room, self.max_admission_blocks_per_request)
         last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
-        return Place(self._owner(request_id), last, cdiv(rows, self.block_size) - len(blocks))
+        return Place(self._owner(request_id), last, room)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self._growth is not None:

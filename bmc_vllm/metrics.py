@@ -44,6 +44,9 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 MEMORY_FILE = "bmc-vllm"
 """How the names of our anonymous files begin."""
 
+FILE_BYTES = 1 << 16
+"""Far more than the metrics of a writer take; as many as prometheus_client's own files have."""
+
 COUNTER, GAUGE = "counter", "gauge_livesum"
 """Types of metrics, as prometheus_client names its files: gauges of several processes add up."""
 _GROWTHS = ("bmc:kv_growths", "Growths of requests' KV caches.")
@@ -101,6 +104,7 @@ class _File:
         path = None if folder is None else os.path.join(folder, name)
         with contextlib.suppress(OSError, AttributeError):
             if path is not None:
+                _reserve(path)
                 self._values = MmapedDict(path)
             else:
                 handle = os.memfd_create(f"{MEMORY_FILE}:{instance}:{name}")
@@ -116,6 +120,24 @@ class _File:
             # A file that the interpreter's exit has closed is None inside.
             if self._values is not None and self._values._f is not None:
                 self._values.write_value(key, value, 0.0)
+
+
+def _reserve(path: str) -> None:
+    """Makes a file with space on the disk, or none at all.
+
+    The system ends a process that writes to a mapped page for which the disk has no space, and
+    prometheus_client cannot read a file that is empty.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.posix_fallocate(handle, 0, FILE_BYTES)
+        finally:
+            os.close(handle)
+    except (OSError, AttributeError):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def _close(values: MmapedDict, lock: threading.Lock, path: str | None, owner: int) -> None:

@@ -66,11 +66,11 @@ def _known(asked: AttentionSelectorConfig) -> list[tuple[str, Any]]:
     return [(name, getattr(asked, name)) for name in names]
 
 
-def groups_in_words(groups: Iterable[KVCacheGroupSpec], rows: int | None) -> str:
+def groups_in_words(groups: Iterable[KVCacheGroupSpec], rows: int | str | None) -> str:
     """How many KV cache groups grow by ``rows``, and which grow as in stock vLLM.
 
     Args:
-        rows: r; None where the scheduler is not BMC's, so that nothing grows by r rows.
+        rows: r, or "auto"; None where the scheduler is not BMC's, so that nothing grows by r rows.
     """
     specs = [_one_of(group.kv_cache_spec) for group in groups]
     if not specs:

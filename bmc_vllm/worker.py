@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
-from bmc_vllm.config import BMCConfig
+from bmc_vllm.config import AUTO, BMCConfig
 from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.layout import lost_layout
 from bmc_vllm.memory import KVPoolMemory, gib
@@ -106,8 +106,11 @@ class BMCWorker(CPUWorker):
 
     def _log_start(self, kv_cache_config: KVCacheConfig) -> None:
         block_size = self.cache_config.block_size
-        ours = self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
-        rows = self._settings.rows(block_size) if ours else None
+        rows: int | str | None = None
+        if self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS:
+            # What the scheduler measures it says itself: workers do not hear of it.
+            auto = self._settings.r == AUTO
+            rows = AUTO if auto else self._settings.rows(block_size)
         layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
         logger.log(
             logging.INFO if BACKEND_NAME in layers else logging.WARNING,

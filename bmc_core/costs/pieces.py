@@ -1,8 +1,8 @@
 """How fast attention reads rows that lie in pieces, and the smallest piece that is fast enough.
 
 In a paged cache nothing is copied when a request grows, so that r has another price: rows that lie
-side by side are read faster. Promises that decode attention itself is timed, over more rows than
-the L3 cache holds where memory allows, with pieces in a random order, all sizes in turns. Knows
+side by side are read faster. Promises that decode attention itself is timed, over `most_bytes` of
+rows (a very large L3 cache may hold them), with pieces in a random order, all sizes in turns. Knows
 nothing of block managers.
 """
 

@@ -131,6 +131,27 @@ def test_a_growth_takes_what_an_ended_request_left_of_its_chunk() -> None:
     assert take(pool, 2, "c", after=2) == [3, 4]
 
 
+def test_a_chunk_without_prefixes_is_taken_from_its_beginning() -> None:
+    pool = pool_of(8, caching=False)
+    blocks = take(pool, 1, "a")
+    pool.free_block_queue.release("a", blocks[-1])
+    free(pool, blocks, cached=False)
+    assert take(pool, 1, "b") == [1], "not from where a had ended"
+    assert pool.free_block_queue.num_spare("b", 1) == 3
+
+
+def test_what_an_ended_request_left_is_its_successors() -> None:
+    """Whoever found its prefix, and goes on where it ended, has the rest of the chunk."""
+    pool = pool_of(8)
+    blocks = take(pool, 2, "a")
+    pool.free_block_queue.release("a", blocks[-1])
+    free(pool, blocks)
+    pool.touch([pool.blocks[blocks[0]]])
+    assert take(pool, 1, "b", after=blocks[0]) == [2]
+    assert take(pool, 1, "c") == [5]
+    assert take(pool, 2, "b", after=2) == [3, 4]
+
+
 def test_single_blocks_are_used_up_when_they_are_many() -> None:
     pool = pool_of(8)
     assert [take(pool, 1, str(i))[0] for i in range(3)] == [1, 5, 9]

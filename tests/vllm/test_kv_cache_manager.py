@@ -181,6 +181,15 @@ def test_a_prompt_in_parts_lies_in_one_stretch() -> None:
     verify(manager)
 
 
+def test_a_window_keeps_no_room_that_it_never_holds() -> None:
+    """Of a prompt of 190 rows it holds at most 40, those of a step, and a block at each end."""
+    manager = make_manager("sliding", 60, r=32)
+    request = add_request(manager, "a", list(range(190)))
+    assert manager.allocate_slots(request, 16) is not None
+    assert growth_of(manager).stats().rows_reserved <= 40 + 64 + 2 * BLOCK
+    verify(manager)
+
+
 def test_a_growth_evicts_the_prefix_that_is_next_to_go() -> None:
     manager = make_manager("full", 25, r=64)
     for name in ("old", "new"):

@@ -176,6 +176,39 @@ def test_a_users_file_is_never_written_to(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir(tmp_path) == [file.name]
 
 
+def test_a_full_disk_ends_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a mapped file that gets no space on the disk would: all of them have theirs."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    writer = StatsWriter(config("a"))
+    writer.write_memory(1, 1)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_blocks * 512 >= file.stat().st_size > 0
+    del writer
+
+
+NO_SPACE = """
+import resource
+from bmc_vllm.metrics import StatsWriter
+from tests.vllm.test_metrics import config
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+writer = StatsWriter(config("a"))
+writer.write_memory(1, 1)
+writer.write_memory(1, 1)
+"""
+
+
+def test_a_disk_without_space_gets_no_file(tmp_path: Path) -> None:
+    """Nor an empty one, which would end vLLM's own /metrics."""
+    subprocess.run(
+        [sys.executable, "-c", NO_SPACE],
+        env={**os.environ, FOLDER: str(tmp_path)},
+        check=True,
+        timeout=60,
+    )
+    assert not os.listdir(tmp_path)
+
+
 def test_nothing_lies_in_the_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
     before = set(os.listdir(tempfile.gettempdir()))
