@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from bmc_core import native
-from bmc_vllm.config import BMCConfig
+from bmc_vllm.config import AUTO, BMCConfig
 from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.layout import lost_layout
 from bmc_vllm.memory import KVPoolMemory, gib
@@ -107,7 +107,9 @@ class BMCWorker(CPUWorker):
     def _log_start(self, kv_cache_config: KVCacheConfig) -> None:
         block_size = self.cache_config.block_size
         ours = self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
-        rows = self._settings.rows(block_size) if ours else None
+        # The scheduler measures "auto" when the workers are ready, and has a line of its own.
+        auto = self._settings.r == AUTO
+        rows = (AUTO if auto else self._settings.rows(block_size)) if ours else None
         layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
         logger.log(
             logging.INFO if BACKEND_NAME in layers else logging.WARNING,

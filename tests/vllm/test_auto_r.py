@@ -1,7 +1,5 @@
 """`"r": "auto"` in an engine: what was measured is what the managers grow by."""
 
-import logging
-
 import pytest
 
 from bmc_core.costs.pieces import PIECES
@@ -11,7 +9,7 @@ from tests.support.models import ModelStore
 
 
 def test_auto_is_measured(
-    model_dir: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model_dir: ModelStore, monkeypatch: pytest.MonkeyPatch, vllm_log: list[str]
 ) -> None:
     asked = []
 
@@ -22,14 +20,15 @@ def test_auto_is_measured(
     piece_seconds = auto_r.piece_seconds
     monkeypatch.setattr(auto_r, "piece_seconds", short)
     auto = {"bmc": {"r": "auto"}}
-    with (
-        caplog.at_level(logging.INFO, logger="vllm.bmc"),
-        engine(model_dir("llama-gqa"), "BMC", additional_config=auto) as llm,
-    ):
-        growth = scheduler(llm).growth
-        assert growth.queue.chunk_blocks * 32 in PIECES
+    with engine(model_dir("llama-gqa"), "BMC", additional_config=auto) as llm:
+        rows = scheduler(llm).growth.queue.chunk_blocks * 32
+        assert rows in PIECES
         assert len(generate(llm, [[1, 2, 3]], max_tokens=4)[0]) == 4
     assert [args[:2] for args in asked] == [(2, 32)]
+    (start,) = [line for line in vllm_log if line.startswith("BMC: attention backend")]
+    assert '1 of 1 KV cache groups in chunks (r="auto": measured next); ' in start
+    (measured,) = [line for line in vllm_log if line.startswith('BMC: r="auto" is ')]
+    assert f"is {rows} rows: " in measured
 
 
 def test_where_nothing_can_be_measured(
