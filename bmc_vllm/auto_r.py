@@ -13,7 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 
-from bmc_core.costs.pieces import piece_seconds, smallest_fast
+from bmc_core.costs.pieces import TOLERANCE, piece_seconds, smallest_fast
 from bmc_core.policy import DEFAULT_R
 
 logger = logging.getLogger("vllm.bmc")
@@ -45,6 +45,15 @@ def measured_r(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
         return DEFAULT_R
     r = smallest_fast(seconds)
     loss = seconds[r] / seconds[0] - 1
+    if loss > TOLERANCE:
+        logger.warning(
+            'BMC: r="auto" is %d rows, the most it tries, which took %.0f%% longer than one '
+            "stretch: a machine that is busy at the start cannot be measured; name r where that "
+            "goes on",
+            r,
+            100 * loss,
+        )
+        return r
     logger.info(
         'BMC: r="auto" is %d rows: attention over such pieces takes %.0f%% longer than over one '
         "stretch",

@@ -40,3 +40,16 @@ def test_where_nothing_can_be_measured(
     monkeypatch.setattr(auto_r, "piece_seconds", fails)
     with engine(model_dir("llama-gqa"), "BMC", additional_config={"bmc": {"r": "auto"}}) as llm:
         assert scheduler(llm).growth.queue.chunk_blocks == 4
+
+
+def test_a_busy_machine_is_named(
+    model_dir: ModelStore, monkeypatch: pytest.MonkeyPatch, vllm_log: list[str]
+) -> None:
+    """No piece within the tolerance: the line must not read like a measured choice."""
+    seconds = {0: 1.0, **dict.fromkeys(PIECES, 1.36)}
+    monkeypatch.setattr(auto_r, "piece_seconds", lambda *args, **settings: seconds)
+    with engine(model_dir("llama-gqa"), "BMC", additional_config={"bmc": {"r": "auto"}}) as llm:
+        assert scheduler(llm).growth.queue.chunk_blocks * 32 == PIECES[-1]
+    (line,) = [line for line in vllm_log if line.startswith('BMC: r="auto" is ')]
+    assert "1024 rows, the most it tries, which took 36% longer" in line
+    assert "busy" in line
