@@ -243,5 +243,7 @@ def release_bounds(kv_cache_config: KVCacheConfig) -> tuple[int, int]:
 
 
 def gib(num_bytes: int) -> str:
-    """As the log and the errors say it."""
+    """As the log and the errors say it; less than 1 GiB in MiB."""
+    if num_bytes < 1 << 30:
+        return f"{num_bytes / (1 << 20):.0f} MiB"
     return f"{num_bytes / (1 << 30):.2f} GiB"

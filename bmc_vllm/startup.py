@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import (
@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     get_kv_cache_spec_kind,
 )
 
+from bmc_vllm.config import AUTO
 from bmc_vllm.kv_cache_interface import is_bmc_spec
 from bmc_vllm.platform import BACKEND_NAME, FALLBACKS
 
@@ -66,11 +67,12 @@ def _known(asked: AttentionSelectorConfig) -> list[tuple[str, Any]]:
     return [(name, getattr(asked, name)) for name in names]
 
 
-def groups_in_words(groups: Iterable[KVCacheGroupSpec], rows: int | str | None) -> str:
+def groups_in_words(groups: Iterable[KVCacheGroupSpec], rows: int | Literal["auto"] | None) -> str:
     """How many KV cache groups grow by ``rows``, and which grow as in stock vLLM.
 
     Args:
-        rows: r, or "auto"; None where the scheduler is not BMC's, so that nothing grows by r rows.
+        rows: r; "auto" where the scheduler has yet to measure it; None where the scheduler is not
+            BMC's, so that nothing grows by r rows.
     """
     specs = [_one_of(group.kv_cache_spec) for group in groups]
     if not specs:
@@ -78,7 +80,7 @@ def groups_in_words(groups: Iterable[KVCacheGroupSpec], rows: int | str | None) 
     growing = sum(rows is not None and is_bmc_spec(spec) for spec in specs)
     words = [f"{growing} of {len(specs)} KV cache groups in chunks"]
     if growing:
-        words[0] += f" of r={rows} rows"
+        words[0] += ' (r="auto": measured next)' if rows == AUTO else f" of r={rows} rows"
     others = Counter(
         get_kv_cache_spec_kind(spec).value.replace("_", " ")
         for spec in specs

@@ -106,11 +106,10 @@ class BMCWorker(CPUWorker):
 
     def _log_start(self, kv_cache_config: KVCacheConfig) -> None:
         block_size = self.cache_config.block_size
-        rows: int | str | None = None
-        if self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS:
-            # What the scheduler measures it says itself: workers do not hear of it.
-            auto = self._settings.r == AUTO
-            rows = AUTO if auto else self._settings.rows(block_size)
+        ours = self.vllm_config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
+        # The scheduler measures "auto" when the workers are ready, and has a line of its own.
+        auto = self._settings.r == AUTO
+        rows = (AUTO if auto else self._settings.rows(block_size)) if ours else None
         layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
         logger.log(
             logging.INFO if BACKEND_NAME in layers else logging.WARNING,

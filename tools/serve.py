@@ -10,7 +10,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +23,10 @@ from tools.demo import model as demo_model  # noqa: E402
 # vLLM's "auto" binding leaves one core to the API server and the scheduler. On few cores that
 # is a large share of the machine, and the scheduler sleeps while the worker computes.
 MAX_CORES_TO_BIND_ALL = 4
+SEVERAL_WORKERS = (
+    "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size",
+    "-dp",
+)  # fmt: skip
 GIB = 1 << 30
 
 
@@ -30,8 +34,11 @@ def say(text: str) -> None:
     print(f"serve: {text}", flush=True)
 
 
-def choose_settings(environment: MutableMapping[str, str]) -> None:
-    """Fill in vLLM's CPU settings that the user has not set, and print what is in force."""
+def choose_settings(environment: MutableMapping[str, str], arguments: Sequence[str] = ()) -> None:
+    """Fill in vLLM's CPU settings that the user has not set, and print what is in force.
+
+    `arguments`: of `vllm serve`. Several workers need a list of cores each, which vLLM makes.
+    """
     chosen = {}
     if "VLLM_CPU_KVCACHE_SPACE" not in environment:
         # A quarter of what is free, for the model needs room too; 4 GiB is plenty to start with.
@@ -40,7 +47,10 @@ def choose_settings(environment: MutableMapping[str, str]) -> None:
     if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
         cores = physical_cores(allowed_cpus())
         few = len(cores) <= MAX_CORES_TO_BIND_ALL
-        chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores)) if few else "auto"
+        several = any(text.partition("=")[0] in SEVERAL_WORKERS for text in arguments)
+        chosen["VLLM_CPU_OMP_THREADS_BIND"] = (
+            ",".join(map(str, cores)) if few and not several else "auto"
+        )
     environment.update(chosen)
     notes = {
         "VLLM_CPU_KVCACHE_SPACE": "GiB for the KV cache",
@@ -108,7 +118,7 @@ def main() -> None:
     ]  # fmt: skip
     if shutil.which(command[0]) is None:
         raise SystemExit(f"serve: error: no vllm beside {sys.executable}; run make setup")
-    choose_settings(os.environ)
+    choose_settings(os.environ, arguments.arguments)
     say(f"$ {shlex.join(command)}")
     say(f"ready in about a minute at http://{arguments.host}:{arguments.port}/v1; Ctrl-C stops it")
     # The server takes this process's place, so that Ctrl-C and signals reach it directly.

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.lib.timing import Timed, alternate
 from bmc_core.attention import AttentionBatch, paged_attention
-from bmc_core.machine.memory import available_bytes
+from bmc_core.machine.memory import available_bytes, prefer_huge_pages
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 DTYPE = torch.bfloat16
@@ -83,7 +83,9 @@ def slower(tables: Sequence[Tables], seconds: float) -> list[float]:
     """
     rows = max(one.num_blocks * one.block_size for one in tables)
     count = max(1, min(LAYER_BYTES, available_bytes() // 4) // (rows * ROW_BYTES))
-    layers = list(torch.zeros((count, rows * KV_HEADS * 2 * HEAD_SIZE), dtype=DTYPE))
+    memory = torch.empty(count * rows * KV_HEADS * 2 * HEAD_SIZE, dtype=DTYPE)
+    prefer_huge_pages(memory)
+    layers = list(memory.fill_(0.5).view(count, -1))  # written to: else it is one page of zeros
     pairs = [(_Attend(one, layers), _Attend(one.in_stretches(), layers)) for one in tables]
     timings = alternate([trial for pair in pairs for trial in pair], seconds, min_rounds=9)
     return [worn.ms / stretch.ms for worn, stretch in zip(timings[::2], timings[1::2], strict=True)]

@@ -1,7 +1,7 @@
 """How fast attention reads rows that lie in pieces, and the smallest piece that is fast enough.
 
-In a paged cache nothing is copied when a request grows, so that r has another price: rows that lie
-side by side are read faster. Promises that decode attention itself is timed, over `most_bytes` of
+In a paged cache nothing is copied when a request grows, so that r has another price: rows that
+lie side by side are read faster. Promises that decode attention itself is timed, over `most_bytes` of
 rows (a very large L3 cache may hold them), with pieces in a random order, all sizes in turns. Knows
 nothing of block managers.
 """
@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 
 from bmc_core.attention import BLOCK_ROWS, AttentionBatch, paged_attention
-from bmc_core.costs.measure import most_bytes
+from bmc_core.machine.cpu import l3_bytes
+from bmc_core.machine.memory import available_bytes, prefer_huge_pages
 
 PIECES = (32, 64, 128, 256, 512, 1024)
 """Rows of a piece."""
@@ -40,19 +41,22 @@ def piece_seconds(
         num_kv_heads, head_size, dtype: of a layer's cache, any that the kernel takes.
         num_heads: query heads; None: as many.
         seconds: time budget; `MIN_ROUNDS` rounds are timed in any case.
-        most: bytes of the cache; None: what calibration uses.
+        most: bytes of the cache; None: twice the L3 cache where memory allows.
 
     Raises:
         ValueError, TypeError: the kernel does not take such a cache.
         MemoryError, RuntimeError: there is no memory to measure with.
     """
     row_bytes = num_kv_heads * head_size * 2 * dtype.itemsize
-    rows = max(PIECES[-1], (most or most_bytes()) // row_bytes // SEQUENCES)
+    rows = max(PIECES[-1], (most or _most_bytes()) // row_bytes // SEQUENCES)
     rows -= rows % PIECES[-1]
     blocks = SEQUENCES * rows // BLOCK_ROWS
-    # As vLLM lays its pool out for BMC: the rows of a head side by side.
-    cache = torch.zeros((num_kv_heads, blocks, BLOCK_ROWS, 2 * head_size), dtype=dtype)
-    cache = cache.permute(1, 0, 2, 3)
+    # As vLLM lays its pool out for BMC: the rows of a head side by side, on huge pages. Written to,
+    # since memory that never was is one page of zeros.
+    memory = torch.empty(num_kv_heads * blocks * BLOCK_ROWS * 2 * head_size, dtype=dtype)
+    prefer_huge_pages(memory)
+    memory.view(torch.uint8).fill_(0x3C)
+    cache = memory.view(num_kv_heads, blocks, BLOCK_ROWS, 2 * head_size).permute(1, 0, 2, 3)
     computed = dtype if dtype.itemsize > 1 else torch.bfloat16
     query = torch.zeros((SEQUENCES, num_heads or num_kv_heads, head_size), dtype=computed)
     out = torch.empty_like(query)
@@ -73,6 +77,12 @@ def piece_seconds(
                 found[piece].append(time.perf_counter() - start)
         done += 1
     return {piece: statistics.median(times) / (SEQUENCES * rows) for piece, times in found.items()}
+
+
+def _most_bytes() -> int:
+    """Twice the L3 cache, but at most 1 GiB and an eighth of what is free."""
+    wanted = max(96 << 20, 2 * (l3_bytes() or 0))
+    return max(1 << 20, min(wanted, 1 << 30, available_bytes() // 8))
 
 
 def _table(blocks: int, piece: int) -> torch.Tensor:

@@ -84,14 +84,15 @@ def _control_groups_leave() -> list[int]:
 
 
 def _group_leaves(folder: Path, limit: str, used: str) -> int | None:
-    """None: no limit. File pages that nobody has used lately can be taken back, and are free."""
+    """None: no limit. File pages can be taken back, and are free."""
     try:
         bound = int((folder / limit).read_text())  # "max": no limit
         taken = int((folder / used).read_text())
         lines = (folder / "memory.stat").read_text().splitlines()
         counts = dict(line.split(None, 1) for line in lines)
         # Version 1 has a total over the groups below; version 2 counts them anyway.
-        taken -= int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+        for name in ("inactive_file", "active_file"):
+            taken -= int(counts.get(f"total_{name}", counts.get(name, 0)))
     except (OSError, ValueError):
         return None
     return max(0, bound - max(0, taken))

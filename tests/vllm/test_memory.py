@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 from bmc_core.machine import memory as machine_memory
 from bmc_core.machine.memory import PAGE, available_bytes, huge_page_bytes
-from bmc_vllm.memory import KVPoolError, KVPoolMemory, regions, release_bounds
+from bmc_vllm.memory import KVPoolError, KVPoolMemory, gib, regions, release_bounds
 from tests.support.engines import engine, flush, generate, prompts_of, scheduler, worker
 from tests.support.mappings import wants_huge_pages
 from tests.support.models import ModelStore
@@ -25,7 +25,7 @@ def test_the_pool_is_in_memory_from_the_start(model_dir: ModelStore, vllm_log: l
         size = memory_of(llm).num_bytes
         assert 95 << 20 < size <= 96 << 20
         assert memory_of(llm).resident_bytes() == size
-    said = f"BMC: KV pool: {size / GIB:.2f} GiB reserved, {size / GIB:.2f} GiB of it in memory"
+    said = f"BMC: KV pool: {gib(size)} reserved, {gib(size)} of it in memory"
     assert sum(said in line for line in vllm_log) == 1
 
 
@@ -38,7 +38,7 @@ def test_four_gib_of_shared_memory_cost_nothing_at_start(
     with engine(model_dir("llama-gqa"), "BMC", **settings) as llm:
         assert memory_of(llm).num_bytes > 3.9 * GIB
         assert memory_of(llm).resident_bytes() == 0
-        assert any("4.00 GiB reserved, 0.00 GiB of it in memory" in line for line in vllm_log)
+        assert any("4.00 GiB reserved, 0 MiB of it in memory" in line for line in vllm_log)
         assert process.memory_info().rss - before < GIB // 2
         generate(llm, prompts_of([300, 200]))
         used = memory_of(llm).resident_bytes()
@@ -73,9 +73,9 @@ def test_a_pool_that_does_not_fit_ends_the_start(
     with pytest.raises(KVPoolError) as refusal, memory.allocation():
         torch.zeros(size, dtype=torch.int8)
     assert "VLLM_CPU_KVCACHE_SPACE" in str(refusal.value)
-    assert f"takes {size / GIB:.2f} GiB" in str(refusal.value)
+    assert f"takes {gib(size)}" in str(refusal.value)
     if group_bytes is not None:
-        assert f"{group_bytes / GIB:.2f} GiB of memory are free" in str(refusal.value)
+        assert f"{gib(group_bytes)} of memory are free" in str(refusal.value)
     assert psutil.Process().memory_info().rss - before < GIB // 4
 
 

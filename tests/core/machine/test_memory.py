@@ -91,8 +91,12 @@ def group(folder: Path, version: int, limit: object, used: int, file_pages: int 
     names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
     for name, value in zip(names, (limit, used), strict=True):
         (folder / f"memory.{name}").write_text(f"{value}\n")
-    name = {1: "total_inactive_file", 2: "inactive_file"}[version]
-    (folder / "memory.stat").write_text(f"anon 5\n{name} {file_pages}\n")
+    total = {1: "total_", 2: ""}[version]
+    used_lately = file_pages // 4
+    (folder / "memory.stat").write_text(
+        f"anon 5\n{total}inactive_file {file_pages - used_lately}\n"
+        f"{total}active_file {used_lately}\n"
+    )
 
 
 def test_free_memory_without_groups(system: Path) -> None:
