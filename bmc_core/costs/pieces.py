@@ -1,9 +1,9 @@
 """How fast attention reads rows that lie in pieces, and the smallest piece that is fast enough.
 
 In a paged cache nothing is copied when a request grows, so that r has another price: rows that
-lie side by side are read faster. Promises that decode attention itself is timed, over `most_bytes` of
-rows (a very large L3 cache may hold them), with pieces in a random order, all sizes in turns. Knows
-nothing of block managers.
+lie side by side are read faster. Promises that decode attention itself is timed, over twice what
+the L3 cache holds where memory allows (at most 1 GiB), with pieces in a random order, all sizes in
+turns. Knows nothing of block managers.
 """
 
 from __future__ import annotations
