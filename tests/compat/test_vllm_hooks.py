@@ -1,13 +1,15 @@
-"""What the plugin leans on in vLLM 0.32 beyond its documented plugin interface.
+"""What the plugin leans on in vLLM 0.31 and 0.32 beyond its documented plugin interface.
 
 One test per hook: when vLLM moves it, the test that fails says which file of ``bmc_vllm`` to open.
 """
 
 import inspect
 import os
+import pickle
 
 import pytest
 import torch
+from packaging.version import Version
 from prometheus_client import CollectorRegistry
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -18,6 +20,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core import single_type_kv_cache_manager
 from vllm.v1.core.block_pool import BlockPool
@@ -36,10 +39,14 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from bmc_core.attention import AttentionBatch
+from bmc_vllm import vllm_0_31
 from bmc_vllm.attention import KNOWN_FIELDS, BMCAttentionImpl, BMCAttentionMetadata
 from bmc_vllm.free_chunks import ChunkedFreeQueue
 from bmc_vllm.platform import STOCK_WORKER_CLASS
+from bmc_vllm.plugin import vllm_version
 from bmc_vllm.selector import WORDS
+
+IS_0_31 = Version(vllm_version()).release[:2] == (0, 31)
 
 
 def parameters(function) -> list[str]:
@@ -101,9 +108,34 @@ def test_kv_cache_manager_allocation() -> None:
         "request_id",
         "num_local_computed_tokens",
         "num_external_computed_tokens",
-        "record_for_zeroing",
+        *([] if IS_0_31 else ["record_for_zeroing"]),
     ]
     assert "pop_blocks_for_free" in inspect.getsource(SingleTypeKVCacheManager.free)
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+def test_vllm_0_31_register_attention_backend(
+    new_names: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vllm_0_31.py: a name of ours is a member like vLLM's own; 0.31 takes none by itself."""
+    registry = AttentionBackendEnum
+    assert hasattr(registry, "register") != IS_0_31
+    if new_names and IS_0_31:
+        pytest.skip("this vLLM takes no new names")
+    if not new_names:
+        monkeypatch.delattr(registry, "register", raising=False)
+    known = list(registry)
+    try:
+        vllm_0_31.register_attention_backend("HOOK_TEST", "torch.nn.Module")
+        member = registry["HOOK_TEST"]
+        assert list(registry) == [*known, member]
+        assert (member.name, member.get_class()) == ("HOOK_TEST", torch.nn.Module)
+        assert registry("torch.nn.Module") is pickle.loads(pickle.dumps(member)) is member
+    finally:
+        registry._member_map_.pop("HOOK_TEST")
+        registry._value2member_map_.pop("torch.nn.Module")
+        registry._member_names_.remove("HOOK_TEST")
+        delattr(registry, "HOOK_TEST")
 
 
 def test_scheduler_steps() -> None:

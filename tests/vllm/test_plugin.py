@@ -25,7 +25,7 @@ def test_active(vllm_log: list[str]) -> None:
     assert not aside_lines(vllm_log)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0", "dev", "0.33.0rc1+cpu"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0", "dev", "0.33.0rc1+cpu"])
 def test_unsupported_version(
     version: str, vllm_log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,7 +36,7 @@ def test_unsupported_version(
     assert plugin.TESTED_VLLM in line
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.32.0rc2.dev3+gabc.cpu"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.1+cpu", "0.32.0rc2.dev3+gabc.cpu"])
 def test_supported_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.version.__version__", version)
     assert plugin.register() == BMC
@@ -133,8 +133,8 @@ def test_two_platform_plugins(
 
 STEPPED_ASIDE = """
 import sys
-import vllm.version
-vllm.version.__version__ = "0.99.0"
+from bmc_vllm import plugin
+plugin.vllm_version = lambda: "0.99.0"
 from vllm.engine.arg_utils import EngineArgs
 try:
     EngineArgs(model=sys.argv[1], attention_backend="BMC").create_engine_config()
