@@ -7,7 +7,7 @@ from packaging.version import Version
 
 from bmc_core.environment import Framework, version
 
-TESTED_TRANSFORMERS = ">=5.19,<5.20"
+TESTED_TRANSFORMERS = ">=5.19,<5.24"
 """The extra's range: versions that the tests ran with. Outside it nothing steps aside by itself."""
 
 

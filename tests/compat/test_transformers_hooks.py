@@ -1,4 +1,4 @@
-"""What `bmc_transformers` leans on in transformers 5.19 and torch beyond what they document.
+"""What `bmc_transformers` leans on in transformers 5.19 to 5.23 and torch beyond their documents.
 
 One test per hook: when it moves, the test that fails says which file of `bmc_transformers` to open.
 """
