@@ -12,7 +12,7 @@ from tests.support.managers import make_manager, make_request, verify
 @pytest.fixture
 def manager() -> KVCacheManager:
     """Request "a" holds three blocks and the spare one of its chunk; two of them are cached."""
-    manager, _ = make_manager("full", 30, r=64)
+    manager = make_manager("full", 30, r=64)
     manager.allocate_slots(make_request("a", list(range(40))), 40)
     return manager
 
