@@ -33,10 +33,6 @@ def repeat(manager: KVCacheManager) -> None:
     tables(manager)["a"].append(tables(manager)["a"][0])
 
 
-def overflow(manager: KVCacheManager) -> None:
-    tables(manager)["a"].extend(manager.block_pool.get_new_blocks(20))
-
-
 def free_what_is_owned(manager: KVCacheManager) -> None:
     manager.block_pool.free_block_queue.append(tables(manager)["a"][-1])
 
@@ -51,7 +47,6 @@ def lose_a_hash(manager: KVCacheManager) -> None:
         (share, "ref_cnt 1, 2 owners"),
         (leak, "leaked"),
         (repeat, "a block stands twice in"),
-        (overflow, "exceed the block table"),
         (free_what_is_owned, "free and owned by 1"),
         (lose_a_hash, "carries a hash that is not cached"),
     ],
