@@ -23,6 +23,8 @@ from bmc_core import native
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "bmc_core" / "csrc"
+PLAIN = ("plan", "cache_write", "grow_in_place", "tensor_view")
+"""Sources that are compiled for any processor."""
 KERNELS = ROOT / "tests" / "native" / "kernels.cpp"
 FLAGS = ["-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Without optimization, and without checks that the address sanitizer's cover: they take most of the
@@ -87,7 +89,7 @@ def build(folder: Path) -> Modules:
     jobs: list[tuple[Path, Path, list[str]]] = []
     # The bindings take longest and hold no arithmetic: compiled once, for both.
     sources = [CSRC / "bindings.cpp", KERNELS]
-    sources += [CSRC / f"{name}.cpp" for name in ("plan", "cache_write", "grow_in_place")]
+    sources += [CSRC / f"{name}.cpp" for name in PLAIN]
     for source in sources:
         shared = source.stem == "bindings"
         for name, flags in builds.items():
