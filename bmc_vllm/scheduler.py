@@ -80,10 +80,10 @@ class BMCScheduler(Scheduler):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         if self._stats is not None:
-            now = time.monotonic()
-            # The last step before the engine idles counts, whenever it comes.
-            if now >= self._next_stats or not self.requests:
-                self._next_stats = now + STATS_SECONDS
+            # The last step before the engine idles counts, whenever it comes, and the first after.
+            now, idles = time.monotonic(), not self.requests
+            if now >= self._next_stats or idles:
+                self._next_stats = 0.0 if idles else now + STATS_SECONDS
                 self._stats.write_growth(self.growth_stats())
         return super().make_stats(*args, **kwargs)
 
