@@ -83,15 +83,14 @@ class ChunkedFreeQueue(FreeKVCacheBlockQueue):
         self._found = bytearray(len(blocks))  # by block: whether its prefix was found again
         self._num_free = [0] * (len(blocks) // chunk_blocks + 1)  # by chunk
         # Wholly free chunks, in order: a plain dict that is emptied from its front becomes slow.
-        # Empty ones: the last is the next to be taken. Others: when they
-        # became free, in blocks freed until then, the oldest first.
+        # Empty ones: the last is the next to be taken. Others: when they became free, in blocks
+        # freed until then, the oldest first.
         self._empty: OrderedDict[int, None] = OrderedDict()
         self._held: OrderedDict[int, int] = OrderedDict()
         self._kept: dict[int, Hashable] = {}  # for an owner
         self._keeps: dict[Hashable, list[int]] = {}  # by owner; some may be gone
-        self._rests: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # by chunk: first block behind an owner that has ended
+        # By chunk: the first block behind an owner that has ended.
+        self._rests: OrderedDict[int, int] = OrderedDict()
         self._clock = 0
         self._place: Place | None = None
         self._used: set[int] | None = None

@@ -120,13 +120,13 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         room = cdiv(rows, self.block_size) - len(blocks)
         if self.max_admission_blocks_per_request is not None:  # Behind a window blocks are freed.
             room = min(room, self.max_admission_blocks_per_request)
-        last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
+        last = _last_id(blocks)
         return Place(self._owner(request_id), last, room)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self._growth is not None:
             blocks = self.req_to_blocks.get(request_id)
-            last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
+            last = _last_id(blocks)
             self._growth.queue.release(self._owner(request_id), last)
         return super().pop_blocks_for_free(request_id)
 
@@ -140,7 +140,7 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         held = len(blocks) * self.block_size
         request = self._growth.requests.get(request_id)
         unused = max(0, held - request.num_computed_tokens) if request is not None else 0
-        last = blocks[-1].block_id if blocks and not blocks[-1].is_null else None
+        last = _last_id(blocks)
         ahead = 0
         if last is not None:
             ahead = self._growth.queue.num_spare(self._owner(request_id), last) * self.block_size
@@ -152,6 +152,11 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         """Checks the pool and every manager on it; see ``integrity.check_integrity``."""
         managers = self._growth.managers if self._growth is not None else [self]
         check_integrity(self.block_pool, managers)
+
+
+def _last_id(blocks: Sequence[KVCacheBlock] | None) -> int | None:
+    """Of the block behind which a table goes on; None where there is none, or the null block."""
+    return blocks[-1].block_id if blocks and not blocks[-1].is_null else None
 
 
 class BMCFullAttentionManager(_ChunkedGrowth, FullAttentionManager):
