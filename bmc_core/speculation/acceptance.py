@@ -6,7 +6,8 @@ were accepted; older ones fade with every new observation of the request. Surviv
 that a position and all before it are accepted, is the product of the estimates.
 
 What a request has not shown yet is taken from its drafter: counts of all of the drafter's requests,
-each position drawn towards the one before it and the first towards `START`. It is shifted by how
+each position drawn towards the one before it and the first towards `START`. It counts for the more,
+the more alike the requests are: the luck of one is not its nature then. It is shifted by how
 the request has done at other positions (an odds ratio, itself drawn towards 1), so that one that
 copies is trusted with long drafts before it was seen with any, and one that does not with none.
 
@@ -34,6 +35,12 @@ DRAFTER_WEIGHT = 4.0
 SHIFT_WEIGHT = 1.0
 """Observations that draw a request's odds ratio towards 1."""
 REQUEST_FADE = 0.97
+IDLE_FADE = 0.99
+CHANCE = 0.7
+"""Mean square of what requests show beyond their drafter's estimate, over its variance, where they
+are all alike; below 1, as fading counts make up for some of it."""
+ALIKE = 2.0
+MOST_ALIKE = 8.0
 DRAFTER_FADE = 0.99
 
 _LIKELIEST = 0.995
@@ -169,11 +176,26 @@ class Acceptance:
         successes, failures = counts.sum(axis=2).T
         expected = (trials * hope).sum(axis=1)
         missed = successes + failures - expected
-        shift = (successes + SHIFT_WEIGHT) * (missed + SHIFT_WEIGHT)
-        shift /= (failures + SHIFT_WEIGHT) * (expected + SHIFT_WEIGHT)
+        alike = self._alikeness(successes - expected, (trials * hope * (1 - hope)).sum(axis=1))
+        pull = SHIFT_WEIGHT * alike
+        shift = (successes + pull) * (missed + pull) / ((failures + pull) * (expected + pull))
         odds = hope * shift[:, None]
-        likely = (right + DRAFTER_WEIGHT * (odds / (odds + (1 - hope)))) / (trials + DRAFTER_WEIGHT)
+        weight = DRAFTER_WEIGHT * alike
+        likely = (right + weight * (odds / (odds + (1 - hope)))) / (trials + weight)
         return np.cumprod(likely, axis=1)
+
+    def _alikeness(self, surplus: Floats, variance: Floats) -> float:
+        """How much more than `DRAFTER_WEIGHT` the drafter's estimate counts for: the less, the more
+        requests differ beyond what chance does (1 to `MOST_ALIKE`)."""
+        deviation = float((surplus**2 / (variance + 1.0)).mean()) - CHANCE
+        if deviation <= 0.0:
+            return MOST_ALIKE
+        return min(MOST_ALIKE, max(1.0, ALIKE / deviation))
+
+    def fade(self, slots: Ints, steps: int) -> None:
+        """So many steps went by in which these requests were not asked: what they have shown is
+        less sure, and what others of the drafter show counts for more."""
+        self._counts[slots] *= IDLE_FADE**steps
 
     def cap(self, slots: Sequence[int], weight: float) -> None:
         """What these requests have shown counts for `weight` observations at most: before a new

@@ -20,6 +20,8 @@ from bmc_core.speculation.costs import RULE_OF_THUMB, CostTables, StepCosts, Ste
 from bmc_core.speculation.lengths import Batch, BestSet, Ints, best_set, worthwhile
 from bmc_core.speculation.parking import (
     FIRST_STEPS,
+    GAIN_SHARE,
+    PROBE_SHARE,
     PROBE_TOKENS,
     PROBE_WEIGHT,
     PROBED_REQUESTS,
@@ -30,8 +32,15 @@ from bmc_core.speculation.parking import (
 
 REQUESTS_PER_STEP = 8
 """With more of them a plan serves several steps: no request weighs much then, and planning would."""
-RESUME_GAIN = 1.02
-"""A parked drafter must promise so much to run again, as it has rows to catch up on."""
+RESUME_GAIN = 0.02
+"""A parked drafter must promise so much more to run again, and within `RESUME_STEPS` more than the
+rows cost that it has to catch up on."""
+RESUME_STEPS = 64
+PARK_LOSS = 0.01
+"""A drafter runs on where that is expected to cost no more, as parking it has its price too."""
+PACE_TOKENS = 4
+"""Draft tokens that say how fast a request goes. A token counts for the less the faster its request
+is, by the root: a fast one ends soon whatever is done, and then the others are left alone."""
 MOST_PLAIN_STEPS = 1024
 """Between two steps that are kept free of drafts to learn what they take."""
 CORRECT_STEPS = 8
@@ -60,12 +69,14 @@ class DraftRequest:
 @dataclass
 class _Plan:
     """Lengths by drafter and request, for steps before `until` with drafts of up to `draft_steps`;
-    `probes` are for one step only. `pays`: enough for a parked drafter to run again."""
+    `probes` are for one step only. `gain`: of tokens per second over no drafts; `pays`: enough for
+    a parked drafter to run again."""
 
     requests: int = 0
     made: int = 0
     until: int = 0
     draft_steps: int = 0
+    gain: float = 1.0
     pays: bool = False
     lengths: dict[str, dict[Hashable, int]] = field(default_factory=dict)
     probes: dict[str, set[Hashable]] = field(default_factory=dict)
@@ -145,14 +156,17 @@ class SpeculationController:
         most = min(self.max_draft_tokens, max((request.limit for request in requests), default=0))
         if self.fixed_length or most <= 0:
             return max(0, most)
+        self._rest.earn(PROBE_SHARE)
         if self._rest.parked:
             return self._parked_draft_steps(requests)
         if self._now >= self._ahead.until:
             self._ahead = self._plan_ahead(requests)
         if not self._ahead.draft_steps:
+            self._ahead.until = 0
             self._rest.park(self._now)
             self.parked_steps += 1
             return 0
+        self._rest.earn(GAIN_SHARE * (self._ahead.gain - 1))
         return 0 if self._wants_plain() else min(most, self._ahead.draft_steps)
 
     def _parked_draft_steps(self, requests: Sequence[DraftRequest]) -> int:
@@ -165,7 +179,7 @@ class SpeculationController:
                 self._rest.wake(now)
                 return plan.draft_steps
             if self._rest.due(now):
-                if self._affords_probe(requests):
+                if self._rest.pay(self._probe_price(requests), now):
                     return self._probe_drafter(requests)
                 self._rest.postpone(now)
         self.parked_steps += 1
@@ -193,9 +207,7 @@ class SpeculationController:
             self.chosen[length] += 1
         return limits
 
-    def _chosen_lengths(
-        self, requests: Sequence[DraftRequest], limits: list[int]
-    ) -> list[int]:
+    def _chosen_lengths(self, requests: Sequence[DraftRequest], limits: list[int]) -> list[int]:
         plan, longest = self._ahead, max(limits)
         if self._now >= plan.until or longest > plan.draft_steps:
             plan = self._drafted
@@ -264,8 +276,13 @@ class SpeculationController:
         slots = self._learn(requests)
         batch = self._batch(requests, [request.limit for request in requests], slots)
         best = best_set(batch, self._tables, None)
+        if not self._rest.parked and not best.draft_steps and batch.limits.any():
+            least = best_set(batch, self._tables, 1)
+            if least.rate >= best.rate * (1 - PARK_LOSS):
+                best = least
         plan = self._plan_of(requests, best, best.lengths)
-        plan.pays = best.draft_steps > 0 and best.gain >= RESUME_GAIN
+        plan.gain = best.gain
+        plan.pays = self._rest.parked and self._pays(requests, best)
         if best.draft_steps:
             # Only drafts that take draft steps are there for sure when they are to be verified.
             self._probe_requests(requests, plan, batch.paid & (batch.limits > 0), best, slots)
@@ -305,12 +322,12 @@ class SpeculationController:
             self._rest.rewarded(self._now)
         return np.array(self._slots(requests), dtype=np.int64)
 
-    def _batch(
-        self, requests: Sequence[DraftRequest], limits: Sequence[int], slots: Ints
-    ) -> Batch:
+    def _batch(self, requests: Sequence[DraftRequest], limits: Sequence[int], slots: Ints) -> Batch:
         self._reserve(len(requests) * (self.max_draft_tokens + 1))
+        survival = self._acceptance.survival(slots)
+        pace = 1 / np.sqrt(1 + survival[:, :PACE_TOKENS].sum(axis=1))
         return Batch(
-            self._acceptance.survival(slots),
+            survival * (pace / pace.mean())[:, None],
             np.array([request.context_rows for request in requests], dtype=np.float64),
             np.clip(limits, 0, self.max_draft_tokens),
             np.array([not self._drafts_free(request) for request in requests]),
@@ -328,6 +345,7 @@ class SpeculationController:
         active = best.lengths > 0
         self._request_probes.verified(slots[active], self._now)
         idle = np.flatnonzero(able & ~active)
+        self._acceptance.fade(slots[idle], plan.until - plan.made)
         taken = idle[self._request_probes.take(slots[idle], self._now)]
         if not len(taken):
             return
@@ -336,18 +354,29 @@ class SpeculationController:
         for place in taken.tolist():
             plan.probes.setdefault(requests[place].drafter, set()).add(requests[place].request_id)
 
-    def _affords_probe(self, requests: Sequence[DraftRequest]) -> bool:
-        """Whether a probe with all that it entails is a small share of the time since the last."""
-        tables, now, count = self._tables, self._now, len(requests)
-        since = self._request_probes.since[self._slots(requests)]
-        missed = int((now - np.maximum(since, self._rest.ran)).sum())
+    def _pays(self, requests: Sequence[DraftRequest], best: BestSet) -> bool:
+        """Whether what a parked drafter promises is worth the rows that it missed."""
+        gain = best.gain - 1
+        if not best.draft_steps or gain < RESUME_GAIN:
+            return False
+        missed = self._tables.catching_up(self._missed_rows(requests))
+        return gain * RESUME_STEPS * len(requests) / best.plain_rate >= missed
+
+    def _probe_price(self, requests: Sequence[DraftRequest]) -> float:
+        """Of a probe of the drafter with all that it entails, in steps without drafts."""
+        tables, count = self._tables, len(requests)
         context = sum(request.context_rows for request in requests)
         seconds = tables.factor * tables.rows
         plain = seconds[count] + tables.factor[count] * tables.attention[0] * context
         probe = seconds[count + min(count, PROBED_REQUESTS)] - seconds[count]
         probe += tables.drafting(count, context)[min(PROBE_TOKENS, self.max_draft_tokens)]
-        probe += tables.catching_up(missed)
-        return self._rest.affordable(now, float(probe), float(plain))
+        probe += tables.catching_up(self._missed_rows(requests))
+        return float(probe / max(plain, 1e-30))
+
+    def _missed_rows(self, requests: Sequence[DraftRequest]) -> int:
+        """Rows that a draft model must take in before it drafts again, all requests together."""
+        since = self._request_probes.since[self._slots(requests)]
+        return int((self._now - np.maximum(since, self._rest.ran)).sum())
 
     def _probe_drafter(self, requests: Sequence[DraftRequest]) -> int:
         able = [request for request in requests if request.limit > 0]
@@ -389,4 +418,3 @@ class SpeculationController:
             correction.sampling_factor,
             correction.draft_factor,
         )
-
