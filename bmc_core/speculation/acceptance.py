@@ -34,6 +34,7 @@ DRAFTER_WEIGHT = 4.0
 """Observations that the drafter's estimate counts for, in a request's."""
 SHIFT_WEIGHT = 1.0
 """Observations that draw a request's odds ratio towards 1."""
+SLOW_START = 2
 REQUEST_FADE = 0.97
 IDLE_FADE = 0.99
 CHANCE = 0.7
@@ -50,7 +51,8 @@ _LIKELIEST = 0.995
 class _Drafter:
     """Counts of all requests of one drafter, and what follows for a new one."""
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, name: str, positions: int) -> None:
+        self.name = name
         self.counts = np.zeros((2, positions))
         self.slots: dict[Hashable, int] = {}
         self.estimate = np.full(positions, START)
@@ -87,6 +89,7 @@ class Acceptance:
         self._free: list[int] = []
         self._ended: list[int] = []
         self._counts = np.zeros((0, 2, positions))
+        self._longest = np.zeros(0, np.int64)
         self.pending: list[int] = []
 
     @property
@@ -98,7 +101,7 @@ class Acceptance:
         """The slot of a request, and whether it is new."""
         known = self._drafters.get(drafter)
         if known is None:
-            known = self._drafters[drafter] = _Drafter(self.positions)
+            known = self._drafters[drafter] = _Drafter(drafter, self.positions)
         slot = known.slots.get(request_id)
         if slot is not None:
             return slot, False
@@ -106,12 +109,14 @@ class Acceptance:
             slot = self._free.pop()
             self._owner[slot] = known
             self._counts[slot] = 0.0
+            self._longest[slot] = 0
         else:
             slot = len(self._owner)
             self._owner.append(known)
             if slot == len(self._counts):
                 more = np.zeros((max(16, slot), 2, self.positions))
                 self._counts = np.concatenate([self._counts, more])
+                self._longest = np.concatenate([self._longest, np.zeros(len(more), np.int64)])
         known.slots[request_id] = slot
         return slot, True
 
@@ -139,6 +144,7 @@ class Acceptance:
         self.pending.clear()
         codes, accepted = np.divmod(codes, size)
         slots, proposed = np.divmod(codes, size)
+        np.maximum.at(self._longest, slots, accepted)
         touched, which = np.unique(slots, return_inverse=True)
         shape = (len(touched), size)
         ends = which * size + accepted
@@ -164,7 +170,17 @@ class Acceptance:
             if own:
                 drafter.learn(added[own].sum(axis=0), int(times[own].sum()))
 
-    def survival(self, slots: Sequence[int]) -> Floats:
+    def reach(self, slots: Ints) -> Ints:
+        """[len(slots)]: the most draft tokens that it is wise to try. A request begins with
+        `SLOW_START` and may double what was accepted of it, so that one that copies is at its
+        longest in a few steps, and one that does not has cost a few rows."""
+        return SLOW_START + 2 * self._longest[slots]
+
+    def drafter(self, slot: int) -> str:
+        """Who made the drafts of a slot's request."""
+        return self._owner[slot].name
+
+    def survival(self, slots: Ints) -> Floats:
         """[len(slots), positions]: that a draft token and all before it are accepted."""
         if len(self._drafters) == 1:
             hope = next(iter(self._drafters.values())).estimate
@@ -197,7 +213,7 @@ class Acceptance:
         less sure, and what others of the drafter show counts for more."""
         self._counts[slots] *= IDLE_FADE**steps
 
-    def cap(self, slots: Sequence[int], weight: float) -> None:
+    def cap(self, slots: Ints, weight: float) -> None:
         """What these requests have shown counts for `weight` observations at most: before a new
         try, the past is no longer sure."""
         counts = self._counts[slots]

@@ -27,11 +27,10 @@ from bmc_core.speculation.parking import (
     PROBED_REQUESTS,
     DrafterRest,
     RequestProbes,
-    rotate,
 )
 
 REQUESTS_PER_STEP = 8
-"""With more of them a plan serves several steps: no request weighs much then, and planning would."""
+"""With many of them a plan serves several steps: no request weighs much then, and planning would."""
 RESUME_GAIN = 0.02
 """A parked drafter must promise so much more to run again, and within `RESUME_STEPS` more than the
 rows cost that it has to catch up on."""
@@ -41,7 +40,7 @@ PARK_LOSS = 0.01
 PACE_TOKENS = 4
 """Draft tokens that say how fast a request goes. A token counts for the less the faster its request
 is, by the root: a fast one ends soon whatever is done, and then the others are left alone."""
-MOST_PLAIN_STEPS = 1024
+FIRST_PLAIN_STEPS, MOST_PLAIN_STEPS = 16, 1024
 """Between two steps that are kept free of drafts to learn what they take."""
 CORRECT_STEPS = 8
 """The clock is heeded at each of the first steps, then every so many."""
@@ -127,7 +126,7 @@ class SpeculationController:
         self._counted = False
         self._last_steps = 0
         self._catches_up = False
-        self._plain_due, self._plain_gap = FIRST_STEPS, FIRST_STEPS
+        self._plain_due, self._plain_gap = FIRST_PLAIN_STEPS, FIRST_PLAIN_STEPS
         self._plain_at = -1
         self.set_costs(RULE_OF_THUMB if costs is None else costs)
 
@@ -299,6 +298,7 @@ class SpeculationController:
         if plan_ahead and not batch.limits.all():
             # The plan serves later steps too, in which others have drafts.
             bounds = np.clip([r.limit for r in requests], 0, self.max_draft_tokens)
+            bounds = np.minimum(bounds, self._acceptance.reach(slots))
             wanted = worthwhile(batch._replace(limits=bounds), self._tables, best)
             lengths = np.where(batch.limits > 0, lengths, wanted)
         plan = self._plan_of(requests, best, lengths)
@@ -319,8 +319,10 @@ class SpeculationController:
         rewarded = self._acceptance.learn()
         if len(rewarded):
             self._request_probes.rewarded(rewarded, self._now)
-            self._rest.rewarded(self._now)
-        return np.array(self._slots(requests), dtype=np.int64)
+            names = {self._acceptance.drafter(slot) for slot in rewarded.tolist()}
+            if not names <= self._free_drafters:
+                self._rest.rewarded(self._now)
+        return self._slots(requests)
 
     def _batch(self, requests: Sequence[DraftRequest], limits: Sequence[int], slots: Ints) -> Batch:
         self._reserve(len(requests) * (self.max_draft_tokens + 1))
@@ -329,7 +331,7 @@ class SpeculationController:
         return Batch(
             survival * (pace / pace.mean())[:, None],
             np.array([request.context_rows for request in requests], dtype=np.float64),
-            np.clip(limits, 0, self.max_draft_tokens),
+            np.clip(limits, 0, np.minimum(self._acceptance.reach(slots), self.max_draft_tokens)),
             np.array([not self._drafts_free(request) for request in requests]),
         )
 
@@ -379,23 +381,24 @@ class SpeculationController:
         return int((self._now - np.maximum(since, self._rest.ran)).sum())
 
     def _probe_drafter(self, requests: Sequence[DraftRequest]) -> int:
-        able = [request for request in requests if request.limit > 0]
-        able = rotate([r for r in able if not self._drafts_free(r)], self.probes, PROBED_REQUESTS)
-        self._probed = {request.request_id for request in able}
+        able = [r for r in requests if r.limit > 0 and not self._drafts_free(r)]
+        start = self.probes * PROBED_REQUESTS % len(able)
+        probed = [*able, *able][start : start + min(PROBED_REQUESTS, len(able))]
+        self._probed = {request.request_id for request in probed}
         self._acceptance.cap_drafters(PROBE_WEIGHT)
-        self._acceptance.cap(self._slots(able), PROBE_WEIGHT)
+        self._acceptance.cap(self._slots(probed), PROBE_WEIGHT)
         self._rest.probe(self._now)
         self.probes += 1
         return PROBE_TOKENS
 
-    def _slots(self, requests: Iterable[DraftRequest]) -> list[int]:
+    def _slots(self, requests: Iterable[DraftRequest]) -> Ints:
         slots = []
         for request in requests:
             slot, new = self._acceptance.slot(request.request_id, request.drafter)
             if new:
                 self._request_probes.admit(slot, self._now)
             slots.append(slot)
-        return slots
+        return np.array(slots, dtype=np.int64)
 
     def _wants_plain(self) -> bool:
         """Whether this step goes without drafts, to learn what such a step takes: where all steps

@@ -9,8 +9,6 @@ the time since it last ran. Knows neither estimates nor costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,7 +95,7 @@ class DrafterRest:
 
     def park(self, now: int) -> None:
         """It pays no more. One that had woken only for a moment sleeps longer."""
-        short = 0 < self._woke and now - self._woke < self._gap
+        short = self._woke > 0 and now - self._woke < self._gap
         self._gap = min(2 * self._gap, MOST_STEPS) if short else FIRST_STEPS
         self.parked = True
         self._due = now + self._gap
@@ -134,10 +132,3 @@ class DrafterRest:
         """The probe was right: another follows at once."""
         self._due = now
 
-
-def rotate(items: Sequence[int], turn: int, count: int) -> list[int]:
-    """`count` of the items, others each turn."""
-    if len(items) <= count:
-        return list(items)
-    start = turn * count % len(items)
-    return [*items, *items][start : start + count]
