@@ -16,7 +16,7 @@ Knows nothing of costs. Observations are kept until `learn`, which takes them al
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,7 @@ class Acceptance:
         self._ended: list[int] = []
         self._counts = np.zeros((0, 2, positions))
         self._longest = np.zeros(0, np.int64)
+        self._ones = np.ones(positions)
         self.pending: list[int] = []
 
     @property
@@ -139,35 +140,33 @@ class Acceptance:
         if not self.pending:
             self._release()
             return np.empty(0, np.int64)
-        size = self.positions + 1
+        size, slots = self.positions + 1, len(self._owner)
         codes = np.array(self.pending)
         self.pending.clear()
-        codes, accepted = np.divmod(codes, size)
-        slots, proposed = np.divmod(codes, size)
-        np.maximum.at(self._longest, slots, accepted)
-        touched, which = np.unique(slots, return_inverse=True)
-        shape = (len(touched), size)
-        ends = which * size + accepted
-        reached = np.bincount(ends, minlength=len(touched) * size).reshape(shape)
-        failed = np.bincount(ends, accepted < proposed, len(touched) * size).reshape(shape)
-        added = np.empty((len(touched), 2, self.positions))
+        accepted = codes % size
+        ends = codes // (size * size) * size + accepted
+        failed = accepted < codes // size % size
+        reached = np.bincount(ends, minlength=slots * size).reshape(slots, size)
+        added = np.empty((slots, 2, self.positions))
         added[:, 0] = reached[:, :0:-1].cumsum(axis=1)[:, ::-1]
-        added[:, 1] = failed[:, :-1]
+        added[:, 1] = np.bincount(ends, failed, slots * size).reshape(slots, size)[:, :-1]
         times = reached.sum(axis=1)
-        self._counts[touched] *= (REQUEST_FADE**times)[:, None, None]
-        self._counts[touched] += added
-        self._teach_drafters(touched.tolist(), added, times)
+        right = added[:, 0, 0] > 0
+        self._counts[:slots] *= (REQUEST_FADE**times)[:, None, None]
+        self._counts[:slots] += added
+        longest = ((added[:, 0] > 0) @ self._ones).astype(np.int64)
+        np.maximum(self._longest[:slots], longest, out=self._longest[:slots])
+        self._teach_drafters(added, times)
         self._release()
-        return touched[reached[:, 0] < times]
+        return np.flatnonzero(right)
 
-    def _teach_drafters(self, touched: Sequence[int], added: Floats, times: Ints) -> None:
+    def _teach_drafters(self, added: Floats, times: Ints) -> None:
         if len(self._drafters) == 1:
             next(iter(self._drafters.values())).learn(added.sum(axis=0), int(times.sum()))
             return
-        owners = [self._owner[slot] for slot in touched]
         for drafter in self._drafters.values():
-            own = [place for place, owner in enumerate(owners) if owner is drafter]
-            if own:
+            own = [slot for slot, owner in enumerate(self._owner) if owner is drafter]
+            if times[own].any():
                 drafter.learn(added[own].sum(axis=0), int(times[own].sum()))
 
     def reach(self, slots: Ints) -> Ints:

@@ -8,7 +8,7 @@ and the same lengths for the same calls. Knows no framework; not safe for thread
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +29,10 @@ from bmc_core.speculation.parking import (
     RequestProbes,
 )
 
-REQUESTS_PER_STEP = 8
-"""With many of them a plan serves several steps: no request weighs much then, and planning would."""
+FEW_REQUESTS = 16
+LONGEST_PLAN = 16
+"""With more requests a plan serves several steps, one in (requests / `FEW_REQUESTS`)^2 is made: no
+request weighs much then, and planning would."""
 RESUME_GAIN = 0.02
 """A parked drafter must promise so much more to run again, and within `RESUME_STEPS` more than the
 rows cost that it has to catch up on."""
@@ -40,12 +42,10 @@ PARK_LOSS = 0.01
 PACE_TOKENS = 4
 """Draft tokens that say how fast a request goes. A token counts for the less the faster its request
 is, by the root: a fast one ends soon whatever is done, and then the others are left alone."""
-FIRST_PLAIN_STEPS, MOST_PLAIN_STEPS = 16, 1024
+FIRST_PLAIN_STEPS, MOST_PLAIN_STEPS = 24, 1024
 """Between two steps that are kept free of drafts to learn what they take."""
-CORRECT_STEPS = 8
+CORRECT_STEPS = 16
 """The clock is heeded at each of the first steps, then every so many."""
-
-_NOTHING: Mapping[Hashable, int] = {}
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ class DraftRequest:
 
 @dataclass
 class _Plan:
-    """Lengths by drafter and request, for steps before `until` with drafts of up to `draft_steps`;
-    `probes` are for one step only. `gain`: of tokens per second over no drafts; `pays`: enough for
-    a parked drafter to run again."""
+    """Lengths by request and drafter, for steps before `until` with drafts of up to `draft_steps`.
+    `gain`: of tokens per second over no drafts; `pays`: enough for a parked drafter to run."""
 
     requests: int = 0
     made: int = 0
@@ -77,8 +76,7 @@ class _Plan:
     draft_steps: int = 0
     gain: float = 1.0
     pays: bool = False
-    lengths: dict[str, dict[Hashable, int]] = field(default_factory=dict)
-    probes: dict[str, set[Hashable]] = field(default_factory=dict)
+    lengths: dict[tuple[Hashable, str], int] = field(default_factory=dict)
 
 
 class SpeculationController:
@@ -119,7 +117,7 @@ class SpeculationController:
         self._acceptance = Acceptance(max_draft_tokens)
         self._request_probes = RequestProbes()
         self._rest = DrafterRest()
-        self._probed: set[Hashable] = set()
+        self._probes: set[Hashable] = set()
         self._ahead = _Plan()
         self._drafted = _Plan()
         self._now = 0
@@ -150,6 +148,10 @@ class SpeculationController:
         return steps
 
     def _draft_steps(self, requests: Sequence[DraftRequest]) -> int:
+        if self._rest.parked and self._sleeps(len(requests)):
+            self._rest.earn(PROBE_SHARE)
+            self.parked_steps += 1
+            return 0
         if not self.fixed_length and all(map(self._drafts_free, requests)):
             return self.max_draft_tokens if requests else 0
         most = min(self.max_draft_tokens, max((request.limit for request in requests), default=0))
@@ -168,19 +170,27 @@ class SpeculationController:
         self._rest.earn(GAIN_SHARE * (self._ahead.gain - 1))
         return 0 if self._wants_plain() else min(most, self._ahead.draft_steps)
 
+    def _sleeps(self, requests: int) -> bool:
+        """Whether a parked drafter has no reason to be thought of."""
+        plan = self._ahead
+        return (
+            requests == plan.requests
+            and self._now < plan.made + FIRST_STEPS
+            and not self._acceptance.pending
+            and not self._rest.due(self._now)
+        )
+
     def _parked_draft_steps(self, requests: Sequence[DraftRequest]) -> int:
         """Of a parked drafter: 0, unless it would pay now, or its probe is due."""
-        now, plan = self._now, self._ahead
-        changed = len(requests) != plan.requests or now - plan.made >= FIRST_STEPS
-        if changed or self._acceptance.pending or self._rest.due(now):
-            plan = self._ahead = self._plan_ahead(requests)
-            if plan.pays:
-                self._rest.wake(now)
-                return plan.draft_steps
-            if self._rest.due(now):
-                if self._rest.pay(self._probe_price(requests), now):
-                    return self._probe_drafter(requests)
-                self._rest.postpone(now)
+        now = self._now
+        plan = self._ahead = self._plan_ahead(requests)
+        if plan.pays:
+            self._rest.wake(now)
+            return plan.draft_steps
+        if self._rest.due(now):
+            if self._rest.pay(self._probe_price(requests), now):
+                return self._probe_drafter(requests)
+            self._rest.postpone(now)
         self.parked_steps += 1
         return 0
 
@@ -195,16 +205,20 @@ class SpeculationController:
         if not self._counted:
             self._now += 1
         self._counted = False
-        most = self.max_draft_tokens
-        limits = [
-            max(0, min(count, request.limit, most))
-            for request, count in zip(requests, available, strict=True)
-        ]
-        if not self.fixed_length and any(limits):
-            limits = self._chosen_lengths(requests, limits)
-        for length in limits:
+        lengths = [0] * len(requests)
+        if any(available):
+            most = self.max_draft_tokens
+            limits = [
+                max(0, min(count, request.limit, most))
+                for request, count in zip(requests, available, strict=True)
+            ]
+            if self.fixed_length:
+                lengths = limits
+            elif any(limits):
+                lengths = self._chosen_lengths(requests, limits)
+        for length in lengths:
             self.chosen[length] += 1
-        return limits
+        return lengths
 
     def _chosen_lengths(self, requests: Sequence[DraftRequest], limits: list[int]) -> list[int]:
         plan, longest = self._ahead, max(limits)
@@ -212,18 +226,18 @@ class SpeculationController:
             plan = self._drafted
             if self._now >= plan.until or longest > plan.draft_steps:
                 plan = self._drafted = self._plan_drafted(requests, limits)
+        probes, self._probes = self._probes, set()
         if self._plain_at == self._now or (plan.lengths and self._wants_plain()):
             return [0] * len(requests)
-        lengths = []
-        for request, limit in zip(requests, limits, strict=True):
-            name, key = request.drafter, request.request_id
-            length = plan.lengths.get(name, _NOTHING).get(key, 0)
-            if key in self._probed or (plan.probes and key in plan.probes.get(name, ())):
-                length = max(length, PROBE_TOKENS)
-            lengths.append(min(length, limit))
-        plan.probes = {}
-        self._probed.clear()
-        return lengths
+        if not (plan.lengths or probes):
+            return [0] * len(requests)
+        wanted = plan.lengths
+        lengths = [wanted.get((r.request_id, r.drafter), 0) for r in requests]
+        if probes:
+            for place, request in enumerate(requests):
+                if request.request_id in probes:
+                    lengths[place] = max(lengths[place], PROBE_TOKENS)
+        return list(map(min, lengths, limits))
 
     def observe_acceptance(
         self, request_id: Hashable, proposed: int, accepted: int, drafter: str = ""
@@ -243,6 +257,9 @@ class SpeculationController:
         """
         if not lengths or self.fixed_length:
             return
+        most = self.max_draft_tokens
+        if max(lengths) > most:
+            lengths = [min(length, most) for length in lengths]
         rows = sum(lengths) + len(lengths)
         measured = times.forward
         tables, correction = self._tables, self._correction
@@ -294,24 +311,24 @@ class SpeculationController:
         longest = int(batch.limits[batch.paid].max(initial=0))
         best = best_set(batch, self._tables, longest)
         lengths = best.lengths
-        plan_ahead = len(requests) >= 2 * REQUESTS_PER_STEP
-        if plan_ahead and not batch.limits.all():
+        lasts = len(requests) >= 2 * FEW_REQUESTS
+        if lasts and not batch.limits.all():
             # The plan serves later steps too, in which others have drafts.
             bounds = np.clip([r.limit for r in requests], 0, self.max_draft_tokens)
             bounds = np.minimum(bounds, self._acceptance.reach(slots))
             wanted = worthwhile(batch._replace(limits=bounds), self._tables, best)
             lengths = np.where(batch.limits > 0, lengths, wanted)
         plan = self._plan_of(requests, best, lengths)
-        plan.draft_steps = self.max_draft_tokens if plan_ahead else max(limits)
+        plan.draft_steps = self.max_draft_tokens if lasts else max(limits)
         self._probe_requests(requests, plan, batch.limits > 0, best, slots)
         return plan
 
     def _plan_of(self, requests: Sequence[DraftRequest], best: BestSet, lengths: Ints) -> _Plan:
-        until = self._now + max(1, len(requests) // REQUESTS_PER_STEP)
-        plan = _Plan(len(requests), self._now, until, best.draft_steps)
+        lasts = min(LONGEST_PLAN, max(1, (len(requests) // FEW_REQUESTS) ** 2))
+        plan = _Plan(len(requests), self._now, self._now + lasts, best.draft_steps)
         for request, length in zip(requests, lengths.tolist(), strict=True):
             if length:
-                plan.lengths.setdefault(request.drafter, {})[request.request_id] = length
+                plan.lengths[request.request_id, request.drafter] = length
         return plan
 
     def _learn(self, requests: Sequence[DraftRequest]) -> Ints:
@@ -347,14 +364,15 @@ class SpeculationController:
         active = best.lengths > 0
         self._request_probes.verified(slots[active], self._now)
         idle = np.flatnonzero(able & ~active)
+        if not len(idle):
+            return
         self._acceptance.fade(slots[idle], plan.until - plan.made)
         taken = idle[self._request_probes.take(slots[idle], self._now)]
         if not len(taken):
             return
         self._acceptance.cap(slots[taken], PROBE_WEIGHT)
         self.probes += len(taken)
-        for place in taken.tolist():
-            plan.probes.setdefault(requests[place].drafter, set()).add(requests[place].request_id)
+        self._probes.update(requests[place].request_id for place in taken.tolist())
 
     def _pays(self, requests: Sequence[DraftRequest], best: BestSet) -> bool:
         """Whether what a parked drafter promises is worth the rows that it missed."""
@@ -384,7 +402,7 @@ class SpeculationController:
         able = [r for r in requests if r.limit > 0 and not self._drafts_free(r)]
         start = self.probes * PROBED_REQUESTS % len(able)
         probed = [*able, *able][start : start + min(PROBED_REQUESTS, len(able))]
-        self._probed = {request.request_id for request in probed}
+        self._probes.update(request.request_id for request in probed)
         self._acceptance.cap_drafters(PROBE_WEIGHT)
         self._acceptance.cap(self._slots(probed), PROBE_WEIGHT)
         self._rest.probe(self._now)
@@ -405,7 +423,7 @@ class SpeculationController:
         have drafts the clock could not tell that they do not pay."""
         if self._now < self._plain_due or not self._correction.steps:
             return False
-        self._plain_gap = min(2 * self._plain_gap, MOST_PLAIN_STEPS)
+        self._plain_gap = min(4 * self._plain_gap, MOST_PLAIN_STEPS)
         self._plain_due = self._now + self._plain_gap
         self._plain_at = self._now
         return True

@@ -72,6 +72,7 @@ class CostCorrection:
         self._level = Median(LEVEL_SAMPLES)
         self._forms: dict[int, _Deviation] = {}
         self._last = -1
+        self._places: Floats = np.empty(0)
         self._sampling = Median(LEVEL_SAMPLES)
         self._drafting = Median(LEVEL_SAMPLES)
 
@@ -115,8 +116,9 @@ class CostCorrection:
         if not self._forms:
             return np.full(count, math.exp(self._level.value))
         places = sorted(self._forms)
-        rows = 2 * np.log2(np.maximum(1, np.arange(count)))
-        deviations = np.interp(rows, places, [self._forms[place].value for place in places])
+        if len(self._places) != count:
+            self._places = 2 * np.log2(np.maximum(1, np.arange(count)))
+        deviations = np.interp(self._places, places, [self._forms[place].value for place in places])
         return np.exp(self._level.value + deviations)
 
     def _age(self) -> None:

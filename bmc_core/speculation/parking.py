@@ -131,4 +131,3 @@ class DrafterRest:
     def rewarded(self, now: int) -> None:
         """The probe was right: another follows at once."""
         self._due = now
-
