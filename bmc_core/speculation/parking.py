@@ -22,7 +22,7 @@ PROBE_TOKENS = 1
 """Draft tokens of a probe: whether the first is right says whether to go on."""
 PROBED_REQUESTS = 8
 """Requests that a step probes at most, as each takes a row."""
-PROBE_WEIGHT = 3.0
+PROBE_WEIGHT = 8.0
 """Observations that the past counts for when a probe starts."""
 PROBE_SHARE = 0.02
 """Of all steps, for probes of a drafter and the rows that they catch up on."""
