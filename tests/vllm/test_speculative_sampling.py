@@ -5,13 +5,17 @@ A request's tokens are those of stock vLLM without speculation: greedy ones, and
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from string import ascii_lowercase, digits
 from typing import NamedTuple
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.support.engines import engine, flush, prompts_of, scheduler
-from tests.support.models import ModelStore
+from tests.support.models import VOCAB, ModelStore
 
 COMMON = {"max_tokens": 24, "ignore_eos": True, "detokenize": False}
 REQUESTS = [
@@ -107,3 +111,46 @@ def test_drafts_of_probabilities(model_dir: ModelStore, expected: Answers) -> No
     assert [len(tokens) for tokens in found.tokens[:-1]] == [24] * (len(found.tokens) - 1)
     for greedy in (0, 1, -1):
         assert found.tokens[greedy] == expected.tokens[greedy]
+
+
+def save_tokenizer(folder: Path) -> str:
+    """Letters, digits, and pairs of letters up to the models' vocabulary."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [first + second for first in ascii_lowercase for second in ascii_lowercase]
+    words = ["<unk>", "</s>", *ascii_lowercase, *digits, *pairs][:VOCAB]
+    merges = [(word[0], word[1]) for word in words if word in pairs]
+    model = BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_structured_output(model_dir: ModelStore, tmp_path: Path) -> None:
+    """A grammar forbids tokens in the rows of the draft tokens too."""
+    pattern = "[a-d]{3}(x[0-9]){4,9}z+"
+    settings = {"skip_tokenizer_init": False, "tokenizer": save_tokenizer(tmp_path)}
+    found = []
+    for backend, speculative in (("CPU_ATTN", None), ("BMC", speculating(model_dir))):
+        with engine(
+            model_dir("llama-gqa"), backend, speculative_config=speculative, **settings
+        ) as llm:
+            params = [
+                SamplingParams(
+                    temperature=temperature,
+                    seed=3,
+                    max_tokens=30,
+                    structured_outputs=StructuredOutputsParams(regex=pattern),
+                )
+                for temperature in (0.0, 1.0)
+            ]
+            prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:2]]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            found.append([output.outputs[0].text for output in outputs])
+    assert found[0] == found[1]
+    assert all(re.fullmatch(pattern, text) for text in found[1])
