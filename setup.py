@@ -22,6 +22,8 @@ ISA_FLAGS = {
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "sampling_avx2.cpp": AVX2,
+    "sampling_avx512.cpp": AVX512,
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

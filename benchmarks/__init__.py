@@ -6,6 +6,7 @@
     growth     the r that the analytical model picks against measured times
     pool       block tables of a worn KV pool: BMC's block managers against vLLM's own
     overhead   microseconds of a layer of vLLM before anything is computed: BMC against CPU_ATTN
+    sampling   drawing and verifying a step's tokens in vLLM: BMC's samplers against its own
 
 Promises that every number stands beside its peers' and beside this machine's measured ceilings,
 all from one run, and that a system whose answer is wrong fails the run. `lib` knows no command,

@@ -13,6 +13,7 @@ from benchmarks.kernel import command as kernel
 from benchmarks.lib.command import renamed
 from benchmarks.overhead import command as overhead
 from benchmarks.pool import command as pool
+from benchmarks.sampling import command as sampling
 from benchmarks.step import command as step
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command("generate")(generate.command)
 app.command("growth")(growth.command)
 app.command("pool")(pool.command)
 app.command("overhead")(overhead.command)
+app.command("sampling")(sampling.command)
 app.command("model", hidden=True)(renamed(growth.command, "model", "growth"))
 
 

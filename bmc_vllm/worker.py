@@ -1,7 +1,8 @@
 """vLLM's CPU worker with a KV pool of its own memory.
 
-Promises that model execution is vLLM's, and that a step waits for no figures. Four hooks:
+Promises that model execution is vLLM's, and that a step waits for no figures. Five hooks:
 
+- ``init_device``: puts our samplers in the place of vLLM's when the model runner has been made;
 - ``_maybe_get_memory_pool_context``: vLLM's own place for a worker to bring its allocator for the
   KV cache; gives the pool's mapping instead of zeros that are written;
 - ``initialize_from_config``: learns the pool's size and layout, logs what is in memory and the one
@@ -30,6 +31,7 @@ from bmc_vllm.memory import KVPoolMemory, gib
 from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
 from bmc_vllm.residency import ResidencyMeter
+from bmc_vllm.sampling import install_samplers, repair_expand_kernel
 from bmc_vllm.scheduler import RELEASED_BLOCKS
 from bmc_vllm.startup import attention_layers, groups_in_words, layers_in_words
 
@@ -45,6 +47,13 @@ class BMCWorker(CPUWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = BMCConfig.from_vllm_config(self.vllm_config)
+
+    def init_device(self) -> None:
+        if self.vllm_config.speculative_config is not None and not self.use_v2_model_runner:
+            repair_expand_kernel()
+        super().init_device()
+        if not self.use_v2_model_runner:
+            install_samplers(self.model_runner)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
         if tag == "kv_cache" and self._memory is not None:

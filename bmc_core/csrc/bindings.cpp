@@ -17,6 +17,7 @@
 #include "cpu_features.h"
 #include "plan.h"
 #include "grow_in_place.h"
+#include "sampling_bindings.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -325,6 +326,9 @@ void grow_in_place_checked(uintptr_t base, int64_t room, int64_t parts, int64_t 
 }
 
 }  // namespace
+
+const char* selected_isa() { return selected()->name; }
+
 }  // namespace bmc
 
 PYBIND11_MODULE(_native, m) {
@@ -355,4 +359,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("attend", &attend);
   m.def("write", &write_rows);
   m.def("grow_in_place", &grow_in_place_checked);
+  bind_sampling(m);
 }

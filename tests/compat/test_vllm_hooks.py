@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention import attention as attention_layer
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
+from vllm.utils import cpu_triton_utils
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -31,6 +32,15 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics import prometheus
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker import utils as worker_utils
@@ -155,6 +165,48 @@ def test_generators_of_discarded_tokens() -> None:
     assert "gen.set_offset(gen.get_offset() - 4)" in source
     assert "generators=self.generators," in inspect.getsource(InputBatch._make_sampling_metadata)
     assert "self.model_runner.sample_tokens(" in inspect.getsource(CPUWorker.sample_tokens)
+
+
+def test_samplers_of_the_runner() -> None:
+    """sampling.py: the runner makes both samplers once, and asks them through these attributes."""
+    source = inspect.getsource(GPUModelRunner)
+    assert source.count("self.sampler = Sampler(") == 1
+    assert source.count("self.rejection_sampler = RejectionSampler(") == 1
+    assert "self.topk_topp_sampler = TopKTopPSampler(" in inspect.getsource(Sampler.__init__)
+    assert "self.topk_topp_sampler(" in inspect.getsource(Sampler.sample)
+    assert "self.forward = self.forward_cpu" in inspect.getsource(TopKTopPSampler.__init__)
+    assert parameters(TopKTopPSampler.forward_cpu) == ["self", "logits", "generators", "k", "p"]
+    assert parameters(RejectionSampler.forward) == [
+        *("self", "metadata", "draft_probs", "logits", "sampling_metadata")
+    ]
+
+
+def test_rejection_samplers_parts() -> None:
+    """rejection_sampler.py: what it takes over from vLLM's class, and calls as vLLM's own does."""
+    assert parameters(RejectionSampler._get_logprobs_tensors) == [
+        *("self", "max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits"),
+        "sampled_token_ids",
+    ]
+    source = inspect.getsource(RejectionSampler.forward)
+    assert "predict_bonus_token=True" in source
+    assert "self.apply_logits_processors(\n            target_logits, sampling_metadata" in source
+    own = inspect.getsource(RejectionSampler.apply_logits_processors)
+    assert "isinstance(processor, MinTokensLogitsProcessor)" in own
+    assert set(vars(LogitsProcessors())) == {"argmax_invariant", "non_argmax_invariant"}
+    for processor, state in (
+        (MinTokensLogitsProcessor, "min_toks"),
+        (LogitBiasLogitsProcessor, "biases"),
+        (MinPLogitsProcessor, "min_p_count"),
+    ):
+        assert f"self.{state}" in inspect.getsource(processor.__init__)
+
+
+def test_the_expand_kernel_is_still_broken() -> None:
+    """sampling.py and patches/: where vLLM's writes to its caller's tensor, both can go."""
+    out = torch.full((1,), 77.0)
+    one = torch.ones(1, dtype=torch.int32)
+    cpu_triton_utils._expand_kernel_impl(out, torch.tensor([0.7]), one, 0, 1)
+    assert out.tolist() == [77.0]
 
 
 def test_worker_allocates_inside_the_context() -> None:

@@ -15,7 +15,7 @@ PATCHES = sorted(patching.PATCHES.glob("*.patch"))
 
 def test_each_framework_has_some() -> None:
     names = [patching.package_of(patch) for patch in PATCHES]
-    assert names == ["deepspeed", "vllm", "vllm", "vllm"]
+    assert names == ["deepspeed", *["vllm"] * 6]
 
 
 def patch_named(part: str) -> Path:
@@ -56,9 +56,10 @@ def test_deepspeed_takes_the_policy_without_our_hook(tmp_path: Path) -> None:
     assert "replace_with_kernel_inject" in found["refused"]["kernels"]
 
 
-def with_and_without(patch: str, script: str, folder: Path) -> tuple[Path, dict[str, dict]]:
+def with_and_without(patch: str | Path, script: str, folder: Path) -> tuple[Path, dict[str, dict]]:
     """The patched copy, and what the script prints with it ("patched") and without ("plain")."""
-    copy = patching.patched_copy(patch_named(patch), folder / "site")
+    named = patch_named(patch) if isinstance(patch, str) else patch
+    copy = patching.patched_copy(named, folder / "site")
     found = {}
     for name, path in (("patched", [copy]), ("plain", [])):
         out = patching.run(
@@ -106,3 +107,20 @@ def test_vllm_goes_on_behind_a_requests_last_block(tmp_path: Path) -> None:
     assert patched["near"] == [5, 6, 1, 2]
     assert patched["request"] == [1, 2, 3, 4]
     assert plain["request"] != [1, 2, 3, 4]
+
+
+@pytest.mark.engine
+def test_vllm_samples_with_draft_tokens_and_without(tmp_path: Path) -> None:
+    """Three patches, each of a file of its own, in one copy."""
+    parts = ("expand-kernel", "steps-without-drafts", "top-k-of-no-rows")
+    together = tmp_path / "sampling.patch"
+    together.write_text("\n".join(patch_named(part).read_text() for part in parts))
+    copy, found = with_and_without(together, "patched_vllm_sampling.py", tmp_path)
+    patched, plain = found["patched"], found["plain"]
+    assert patched["package"] == str(copy / "vllm")
+    assert patched["expanded"] == [[0.7, 1.0, 1.0], [5, 9, 9]]
+    assert plain["expanded"] == [[77, 77, 77], [77, 77, 77]]
+    assert patched["top-k of no rows"] == [0, 8]
+    assert "numel() == 0" in plain["top-k of no rows"]
+    assert (patched["without drafts"], plain["without drafts"]) == ("plain", "rejection")
+    assert patched["with drafts"] == plain["with drafts"] == "rejection"

@@ -24,6 +24,7 @@ from bmc_core import native
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "bmc_core" / "csrc"
 PLAIN = ("plan", "cache_write", "grow_in_place", "tensor_view")
+PLAIN += ("sampling_bindings", "sampling_portable")
 """Sources that are compiled for any processor."""
 KERNELS = ROOT / "tests" / "native" / "kernels.cpp"
 FLAGS = ["-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

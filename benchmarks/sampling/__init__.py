@@ -1,0 +1,1 @@
+"""`python -m benchmarks sampling`: a step's sampling, BMC's samplers beside vLLM's own."""
