@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KEY = "bmc"
 AUTO: Literal["auto"] = "auto"
+FIXED: Literal["fixed"] = "fixed"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,14 @@ class BMCConfig:
             freed blocks that hold no cached prefix back to the operating system. Off by default:
             the memory is then promised to nobody, re-used pages cost a page fault each, and the
             pool is not on huge pages, which attention reads faster.
+        draft_length: of speculative decoding. ``"auto"``: as many draft tokens per request and
+            step as pay, up to ``num_speculative_tokens``; ``"fixed"``: always so many, where there
+            are spare rows for them.
     """
 
     r: int | Literal["auto"] | None = None
     release_free_memory: bool = False
+    draft_length: Literal["auto", "fixed"] = AUTO
 
     @classmethod
     def from_dict(cls, settings: Any) -> BMCConfig:
@@ -65,7 +70,13 @@ class BMCConfig:
                 f"additional_config[{KEY!r}]['release_free_memory']={release!r}: "
                 "expected true or false"
             )
-        return cls(r=r, release_free_memory=release)
+        draft_length = settings.get("draft_length", AUTO)
+        if draft_length not in (AUTO, FIXED):
+            raise ValueError(
+                f"additional_config[{KEY!r}]['draft_length']={draft_length!r}: expected {AUTO!r} "
+                f"(the default) or {FIXED!r}"
+            )
+        return cls(r=r, release_free_memory=release, draft_length=draft_length)
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> BMCConfig:
