@@ -6,8 +6,8 @@ binds there are none. Within these bounds `bmc_core.speculation` chooses by what
 accepted and how long steps take. Everything is decided here, in the one scheduler, so that ranks
 cannot differ.
 
-Knows nothing of how drafts are made: the drafter reads its steps from vLLM's
-`num_spec_tokens_to_schedule`, and the worker reports `STEP_TIMES` and `STEP_COSTS`.
+Knows nothing of how drafts are made (`drafters`): the worker reads its steps from vLLM's
+`num_spec_tokens_to_schedule`, and reports `STEP_TIMES`, `STEP_COSTS` and `DRAFTERS`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,15 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from bmc_core.speculation import DraftRequest, SpeculationController
+from bmc_vllm.drafters.clock import STEP_COSTS, STEP_TIMES
+from bmc_vllm.drafters.drafting import DRAFTERS
 from bmc_vllm.kv_cache_manager import GrowthState
 from bmc_vllm.platform import WORKER_CLASS
 from bmc_vllm.spare_rows import SpareRows, TakenBack
+from bmc_vllm.speculative import STEPWISE, runs_step_by_step
 
 TAKEN_BACK = "bmc_taken_back"
 """Attribute of a SchedulerOutput: `spare_rows.TakenBack`, for the worker's block tables."""
-STEP_TIMES = "bmc_step_times"
-"""Attribute of a ModelRunnerOutput: the `StepTimes` of its step."""
-STEP_COSTS = "bmc_step_costs"
-"""Attribute of the first ModelRunnerOutput: the `StepCosts` measured at the start."""
-
-DRAFTS_WITH_ROWS = ("draft_model", "eagle", "eagle3", "mtp")
-"""Methods that vLLM gives rows for K draft tokens to at all times, and that take any K."""
 
 
 class DraftStats(NamedTuple):
@@ -71,19 +67,17 @@ class Drafts:
         self._scheduler = scheduler
         self._max = scheduler.num_spec_tokens
         self._drafter = str(speculative.method)
-        self._has_rows = self._drafter in DRAFTS_WITH_ROWS
+        self._drafters: dict[str, str] = {}  # Of two, who made a request's last draft.
+        self._has_rows = self._drafter in STEPWISE
         if self._has_rows:
             scheduler.num_lookahead_tokens = 0  # Their rows are found here.
         if scheduler.dynamic_sd_lookup is None:
             # Without a table vLLM pads new requests with dummy drafts, for the sake of CUDA graphs.
             scheduler.dynamic_sd_lookup = [self._max] * (scheduler.max_num_running_reqs + 1)
         parallel = config.parallel_config
+        self._own_worker = parallel.worker_cls == WORKER_CLASS
         # Other ranks of data parallelism would have to run as many draft steps.
-        self._steers_drafter = (
-            self._has_rows
-            and not speculative.parallel_drafting
-            and parallel.data_parallel_size == 1
-        )
+        self._steers_drafter = runs_step_by_step(speculative) and parallel.data_parallel_size == 1
         self._steps = self._max  # Of the drafter, after the last step.
         self._draft_slots = getattr(speculative, "max_num_new_slots_for_drafting", 0)
         draft = speculative.draft_model_config
@@ -95,7 +89,7 @@ class Drafts:
         self.spare_rows = SpareRows(
             scheduler.kv_cache_manager.coordinator.single_type_managers,
             growth,
-            may_grow=parallel.worker_cls == WORKER_CLASS
+            may_grow=self._own_worker
             and parallel.pipeline_parallel_size == 1
             and scheduler.connector is None
             and not scheduler.use_v2_model_runner,
@@ -104,7 +98,7 @@ class Drafts:
         # Of the step: by request, rows for drafts at hand, and blocks taken ahead.
         self._offered: dict[str, int] = {}
         self._growths: dict[str, int] = {}
-        self._drop = False
+        self._fillers = False
         self._rows_offered = self._num_growths = 0
         self._lengths = [0] * (self._max + 1)
 
@@ -155,16 +149,16 @@ class Drafts:
             setattr(output, TAKEN_BACK, self._taken_back)
         if not output.num_scheduled_tokens:
             return
-        prefills = self._count(output)
+        self._count(output)
         requests = self._scheduler.requests
         longest = max(requests[name].num_computed_tokens for name in output.num_scheduled_tokens)
-        # Then vLLM's runner does not draft, and gives every request K times the token 0.
-        self._drop = longest + self._max > self._drafter_limit
+        # Then vLLM's runner does not draft, and gives every request K times the token 0; BMC's
+        # worker drafts what fits.
+        self._fillers = not self._own_worker and longest + self._max > self._drafter_limit
         if self._steers_drafter:
-            steps = self.controller.draft_steps(self._next_requests(output))
-            if prefills:
-                # The drafter's first step reads the prompts, which it would have to catch up on.
-                steps = max(1, steps)
+            # Prompts alone: the drafter reads them in any case.
+            asked = self._next_requests(output)
+            steps = self.controller.draft_steps(asked) if asked else 0
             output.num_spec_tokens_to_schedule = min(output.num_spec_tokens_to_schedule, steps)
         self._steps = output.num_spec_tokens_to_schedule
 
@@ -192,18 +186,26 @@ class Drafts:
         """What became of a request's draft tokens; ``invalid``: those that no grammar allowed."""
         proposed -= (invalid or {}).get(request_id, 0)
         if proposed > 0:
-            self.controller.observe_acceptance(request_id, proposed, accepted, self._drafter)
+            drafter = self._drafter_of(request_id)
+            self.controller.observe_acceptance(request_id, proposed, accepted, drafter)
 
     def before_drafts(self, drafts: DraftTokenIds) -> None:
-        """Drops the drafts of a step in which the drafter did not run."""
-        if self._drop:
+        """Notes who made them; drops those of a step in which the drafter did not run."""
+        if self._fillers:
             for tokens in drafts.draft_token_ids:
                 tokens.clear()
+        names = getattr(drafts, DRAFTERS, None)
+        if names is not None:
+            self._drafters.update(zip(drafts.req_ids, names, strict=True))
 
     def forget(self, request_id: str) -> None:
         """The request ends, or is preempted."""
         self.controller.forget(request_id)
+        self._drafters.pop(request_id, None)
         self.spare_rows.forget(request_id)
+
+    def _drafter_of(self, request_id: str) -> str:
+        return self._drafters.get(request_id, self._drafter)
 
     # What bounds the drafts.
 
@@ -246,7 +248,7 @@ class Drafts:
             wanted = own + min(limit + ahead, useful)
             limit = min(limit, self.spare_rows.rows(name, own, wanted, claim=True) - own)
         self._offered[name] = limit
-        return DraftRequest(name, own, limit, self._drafter)
+        return DraftRequest(name, own, limit, self._drafter_of(name))
 
     def _next_requests(self, output: SchedulerOutput) -> list[DraftRequest]:
         """The requests that could verify draft tokens in the step after this."""
@@ -263,7 +265,7 @@ class Drafts:
                 # Tokens of this step that are accepted may bring it into the next block.
                 if spare >= len(output.scheduled_spec_decode_tokens.get(name, ())):
                     limit = spare
-            found.append(DraftRequest(name, own, limit, self._drafter))
+            found.append(DraftRequest(name, own, limit, self._drafter_of(name)))
         return found
 
     def _useful(self, request: Request, num_tokens: int) -> int:
@@ -271,15 +273,10 @@ class Drafts:
         left = request.num_prompt_tokens + request.max_tokens - num_tokens
         return max(0, min(left, self._scheduler.max_model_len - num_tokens) - 1)
 
-    def _count(self, output: SchedulerOutput) -> bool:
-        """Counts what was scheduled; returns whether prompts are among it."""
-        prefills = False
+    def _count(self, output: SchedulerOutput) -> None:
         for name, rows in output.num_scheduled_tokens.items():
             length = len(output.scheduled_spec_decode_tokens.get(name, ()))
-            if rows != 1 + length:
-                prefills = True
-                continue
-            self._lengths[length] += 1
-            self._rows_offered += self._offered.get(name, 0)
-            self._num_growths += self._growths.get(name, 0)
-        return prefills
+            if rows == 1 + length:  # no prompt
+                self._lengths[length] += 1
+                self._rows_offered += self._offered.get(name, 0)
+                self._num_growths += self._growths.get(name, 0)

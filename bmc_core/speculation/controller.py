@@ -193,9 +193,7 @@ class SpeculationController:
             self.chosen[length] += 1
         return limits
 
-    def _chosen_lengths(
-        self, requests: Sequence[DraftRequest], limits: list[int]
-    ) -> list[int]:
+    def _chosen_lengths(self, requests: Sequence[DraftRequest], limits: list[int]) -> list[int]:
         plan, longest = self._ahead, max(limits)
         if self._now >= plan.until or longest > plan.draft_steps:
             plan = self._drafted
@@ -305,9 +303,7 @@ class SpeculationController:
             self._rest.rewarded(self._now)
         return np.array(self._slots(requests), dtype=np.int64)
 
-    def _batch(
-        self, requests: Sequence[DraftRequest], limits: Sequence[int], slots: Ints
-    ) -> Batch:
+    def _batch(self, requests: Sequence[DraftRequest], limits: Sequence[int], slots: Ints) -> Batch:
         self._reserve(len(requests) * (self.max_draft_tokens + 1))
         return Batch(
             self._acceptance.survival(slots),
@@ -389,4 +385,3 @@ class SpeculationController:
             correction.sampling_factor,
             correction.draft_factor,
         )
-

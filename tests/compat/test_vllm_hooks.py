@@ -333,3 +333,52 @@ def test_layers_are_in_the_forward_context() -> None:
     assert parameters(AttentionLayerBase.get_kv_cache_spec) == ["self", "vllm_config"]
     assert parameters(CacheConfig.get_resolved_kv_cache_layout) == ["self"]
     assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
+
+
+def test_drafting_steps_are_the_schedulers_choice() -> None:
+    """drafters/drafting.py: the runner asks the drafter through these methods, in this order, and
+    the number of steps comes with the scheduler's output."""
+    assert SchedulerOutput.make_empty().num_spec_tokens_to_schedule == 0
+    assert parameters(GPUModelRunner._input_fits_in_drafter) == ["self", "common_attn_metadata"]
+    assert parameters(GPUModelRunner.propose_draft_token_ids)[1:] == [
+        "scheduler_output",
+        "sampled_token_ids",
+        "sampling_metadata",
+        "hidden_states",
+        "sample_hidden_states",
+        "aux_hidden_states",
+        "spec_decode_metadata",
+        "common_attn_metadata",
+        "slot_mappings",
+    ]
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    order = [
+        "self._input_fits_in_drafter(",
+        "self._draft_token_ids = torch.zeros(",
+        "self._bookkeeping_sync(",
+    ]
+    assert order == sorted(order, key=source.index)
+    source = inspect.getsource(GPUModelRunner.propose_draft_token_ids)
+    assert source.count("scheduler_output.num_spec_tokens_to_schedule") == 1
+
+
+def test_a_draft_models_forward_pass() -> None:
+    """drafters/catch_up.py: what a drafter's first pass is made of."""
+    source = inspect.getsource(SpecDecodeBaseProposer.propose)
+    for call in (
+        "self.build_per_group_and_layer_attn_metadata(",
+        "self._determine_batch_execution_and_padding(",
+        "self.build_model_inputs_first_pass(",
+        "self._get_slot_mapping(",
+        "self.model(**model_kwargs)",
+    ):
+        assert call in source
+    assert "num_computed_tokens_cpu[" in inspect.getsource(GPUModelRunner._update_states)
+
+
+def test_dummy_steps() -> None:
+    """drafters/calibration.py: a step of any number of rows, without requests, and its drafter."""
+    assert {"num_tokens", "force_attention", "skip_eplb"} <= set(
+        parameters(GPUModelRunner._dummy_run)
+    )
+    assert "self.drafter.dummy_run(" in inspect.getsource(GPUModelRunner._dummy_run)

@@ -51,7 +51,7 @@ def configuration(method: str | None, most: int, settings: str) -> tuple[VllmCon
             if "model" in speculative:
                 speculative["model"] = folder
             speculative |= options.pop("speculative", {})
-        bmc = {"r": 64, **options.pop("bmc", {})}
+        bmc = {"r": 64, "draft_length": "fixed", **options.pop("bmc", {})}
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,

@@ -1,130 +1,133 @@
-"""Drafts in spare rows in a real engine, whose null block is poison: its tokens are plain greedy's.
+"""Rows that a draft model missed are found, whatever was parked, preempted, shared, used again."""
 
-The draft model is the target itself: every draft token is right unless rows were lost.
-"""
-
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-
+import numpy as np
 import pytest
-from vllm import LLM, SamplingParams
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bmc_vllm.drafts import TAKEN_BACK
-from tests.support.engines import check, engine, flush, generate, prompts_of, scheduler, worker
-from tests.support.models import ModelStore
+from bmc_vllm.drafters.catch_up import parts
+from bmc_vllm.drafters.rows import DraftRows, Span, StepRows
 
-MODEL = "llama-gqa"
-PROMPTS = prompts_of([12, 40, 70])
-TOKENS = 48
+SIZE = 4
 
 
-@pytest.fixture(scope="module")
-def expected(model_dir: ModelStore) -> list[list[int]]:
-    with engine(model_dir(MODEL), "CPU_ATTN") as llm:
-        return generate(llm, PROMPTS, TOKENS)
+def step(*requests: tuple[str, int, int, list[int]]) -> StepRows:
+    """(id, first row, rows, block table) each."""
+    width = max(len(table) for *_, table in requests)
+    return StepRows(
+        [request_id for request_id, *_ in requests],
+        np.array([first for _, first, *_ in requests]),
+        np.array([count for *_, count, _ in requests]),
+        np.array([table + [0] * (width - len(table)) for *_, table in requests]),
+    )
 
 
-@contextmanager
-def speculating(model_dir: ModelStore, length: str = "fixed", **settings) -> Iterator[LLM]:
-    speculative = {"method": "draft_model", "model": model_dir(MODEL), "num_speculative_tokens": 5}
-    bmc = {"r": 64, "draft_length": length}
-    options = {"speculative_config": speculative, "additional_config": {"bmc": bmc}}
-    with engine(model_dir(MODEL), "BMC", block_size=16, **{**options, **settings}) as llm:
-        yield llm
+def test_what_runs_always_misses_nothing() -> None:
+    rows = DraftRows(SIZE)
+    for first, count in ((0, 6), (6, 1), (7, 3), (8, 1)):
+        now = step(("a", first, count, [1, 2, 3]))
+        assert rows.spans(now) == []
+        rows.computed(now)
 
 
-def poison(llm: LLM) -> None:
-    """What no token may depend on: rows that a drafter writes and reads beyond those it has."""
-    for layer in worker(llm).compilation_config.static_forward_context.values():
-        layer.kv_cache[0].fill_(math.nan)
+def test_parked_rows_are_missing_until_computed() -> None:
+    rows = DraftRows(SIZE)
+    rows.computed(step(("a", 0, 5, [1, 2, 3]), ("b", 0, 3, [4, 5])))
+    for first in (5, 6, 7):
+        rows.missed(step(("a", first, 1, [1, 2, 3])))
+    now = step(("a", 8, 1, [1, 2, 3]), ("b", 3, 1, [4, 5]))
+    assert rows.spans(now) == [Span(0, 5, 8)]
+    rows.computed(now)
+    assert rows.spans(step(("a", 9, 1, [1, 2, 3]))) == []
 
 
-def serve(llm: LLM, arrivals: dict[int, int], aborts: dict[int, int] | None = None) -> dict:
-    """Tokens by prompt.
-
-    Args:
-        arrivals: step -> the prompt that arrives before it.
-        aborts: step -> the prompt that is aborted after it.
-    """
-    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    tokens: dict[int, list[int]] = {}
-    now = 0
-    while llm.llm_engine.has_unfinished_requests() or now <= max(arrivals):
-        if now in arrivals:
-            prompt = {"prompt_token_ids": PROMPTS[arrivals[now]]}
-            llm.llm_engine.add_request(str(arrivals[now]), prompt, params)
-        poison(llm)
-        for output in llm.llm_engine.step():
-            tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
-        check(llm)
-        if now in (aborts or {}):
-            llm.llm_engine.abort_request([str(aborts[now])])
-            check(llm)
-        now += 1
-    return tokens
+def test_rejected_draft_tokens_are_no_missed_rows() -> None:
+    """A parked step that still verifies four draft tokens, of which one is accepted."""
+    rows = DraftRows(SIZE)
+    rows.computed(step(("a", 0, 5, [1, 2, 3])))
+    rows.missed(step(("a", 5, 5, [1, 2, 3])))
+    assert rows.spans(step(("a", 7, 1, [1, 2, 3]))) == [Span(0, 5, 7)]
 
 
-def test_every_draft_of_the_target_itself_is_right(
-    model_dir: ModelStore, expected: list[list[int]]
-) -> None:
-    with speculating(model_dir) as llm:
-        tokens = serve(llm, {0: 0, 1: 1, 3: 2})
-        assert tokens == dict(enumerate(expected))
-        stats = scheduler(llm).drafts.stats()
-        # Each step of a request gives as many tokens as it verifies, and one more. A first draft
-        # may have been made without rows of its own.
-        made = sum((1 + k) * count for k, count in enumerate(stats.lengths))
-        assert 0 <= made - len(PROMPTS) * (TOKENS - 1) <= 2
-        assert sum(stats.lengths) <= 28, "24 steps of 6 tokens are needed"
-        assert stats.growths > 0
-        assert stats.rows_used == stats.rows_offered
-        flush(llm)
+def test_a_prefix_with_holes_is_computed_from_the_first() -> None:
+    rows = DraftRows(SIZE)
+    rows.computed(step(("a", 0, 5, [1, 2])))
+    for first in range(5, 12):
+        rows.missed(step(("a", first, 1, [1, 2, 3])))
+    rows.forget(["a"])
+    hit = step(("b", 12, 2, [1, 2, 3, 9]))
+    assert rows.spans(hit) == [Span(0, 4, 12)]
+    rows.computed(hit)
+    assert rows.spans(step(("c", 12, 2, [1, 2, 3, 8]))) == [], "the repair counts for all"
 
 
-def test_blocks_are_taken_back_from_a_living_batch(
-    model_dir: ModelStore, expected: list[list[int]]
-) -> None:
-    """A pool of 12 blocks: requests are admitted by blocks that drafts held, and preempted."""
-    small = {"num_gpu_blocks_override": 13, "max_model_len": 144, "enable_prefix_caching": False}
-    with speculating(model_dir, **small) as llm:
-        core = scheduler(llm)
-        taken: list[str] = []
-        schedule = core.schedule
-
-        def watched(*args, **kwargs):
-            output = schedule(*args, **kwargs)
-            taken.extend(getattr(output, TAKEN_BACK, ()))
-            preempted.extend(output.preempted_req_ids or ())
-            return output
-
-        preempted: list[str] = []
-        core.schedule = watched
-        for wait in range(1, 6):
-            assert serve(llm, {0: 0, 1: 1, 1 + wait: 2}) == dict(enumerate(expected))
-        assert taken
-        assert preempted
-        flush(llm)
+def test_a_block_that_is_used_again_has_no_holes() -> None:
+    rows = DraftRows(SIZE)
+    rows.missed(step(("a", 0, 4, [1])))
+    rows.forget(["a"])
+    rows.computed(step(("b", 0, 6, [1, 2])))
+    rows.forget(["b"])
+    assert rows.spans(step(("c", 4, 2, [1, 3]))) == []
 
 
-def test_aborts_and_prefix_hits_in_mid_speculation(
-    model_dir: ModelStore, expected: list[list[int]]
-) -> None:
-    with speculating(model_dir) as llm:
-        first = serve(llm, {0: 0, 1: 1, 2: 2}, {4: 1, 6: 2})
-        for prompt, tokens in first.items():
-            assert tokens == expected[prompt][: len(tokens)]
-        assert first[0] == expected[0]
-        assert serve(llm, {0: 2, 1: 0, 2: 1}) == dict(enumerate(expected))
-        assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() > 0
-        flush(llm)
+def test_a_resumed_request_is_a_new_one() -> None:
+    rows = DraftRows(SIZE)
+    rows.computed(step(("a", 0, 6, [1, 2])))
+    rows.missed(step(("a", 6, 1, [1, 2])))
+    rows.forget(["a"])
+    assert rows.spans(step(("a", 0, 7, [3, 4]))) == []
 
 
-def test_the_length_that_pays_gives_the_same_tokens(
-    model_dir: ModelStore, expected: list[list[int]]
-) -> None:
-    """Also within K tokens of the longest sequence, where vLLM's runner drafts token 0."""
-    longest = len(PROMPTS[2]) + TOKENS
-    with speculating(model_dir, "auto", max_model_len=longest) as llm:
-        assert serve(llm, {0: 0, 1: 1, 3: 2}) == dict(enumerate(expected))
-        flush(llm)
+REQUESTS = st.integers(0, 3)
+ACTIONS = ["runs", "parks", "ends", "joins"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(REQUESTS, st.sampled_from(ACTIONS)), max_size=40))
+def test_after_a_draft_every_row_is_there(actions: list[tuple[int, str]]) -> None:
+    """Against a pool in which each row remembers whether the draft model wrote it for this text:
+    requests grow, end, and take over the full blocks of one that ended."""
+    rows = DraftRows(SIZE)
+    tables: dict[int, list[int]] = {}
+    lengths: dict[int, int] = {}
+    written: set[tuple[int, int]] = set()
+    cached: list[int] = []
+    fresh = iter(range(1, 1000))
+    for request, action in actions:
+        if action == "ends":
+            if request in tables:
+                cached = tables.pop(request)[: lengths.pop(request) // SIZE]
+                rows.forget([str(request)])
+            continue
+        if request not in tables:
+            shared = list(cached) if action == "joins" else []
+            tables[request], lengths[request] = shared, len(shared) * SIZE
+        first = lengths[request]
+        count = 1 if first % 3 else 2
+        while len(tables[request]) * SIZE < first + count:
+            tables[request].append(next(fresh))
+        now = step((str(request), first, count, tables[request]))
+
+        def places(start: int, end: int, table: list[int]) -> set[tuple[int, int]]:
+            return {(table[row // SIZE], row % SIZE) for row in range(start, end)}
+
+        if action == "parks":
+            rows.missed(now)
+        else:
+            for _, start, end in rows.spans(now):
+                written |= places(start, end, tables[request])
+            rows.computed(now)
+            written |= places(first, first + count, tables[request])
+            assert places(0, first + count, tables[request]) <= written
+        lengths[request] = first + count
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 100])
+def test_spans_are_cut_to_the_size_of_a_pass(most: int) -> None:
+    spans = [Span(0, 2, 9), Span(2, 0, 1), Span(3, 5, 10)]
+    found = list(parts(spans, most))
+    assert all(sum(end - start for _, start, end in part) <= most for part in found)
+    rows = [
+        (index, row) for part in found for index, start, end in part for row in range(start, end)
+    ]
+    assert rows == [(index, row) for index, start, end in spans for row in range(start, end)]

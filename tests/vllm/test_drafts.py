@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.utils.math_utils import cdiv
+from vllm.v1.outputs import DraftTokenIds
 
 from bmc_core.speculation import StepCosts, StepTimes
-from bmc_vllm.drafts import STEP_COSTS, STEP_TIMES, TAKEN_BACK
+from bmc_vllm.drafters.clock import STEP_COSTS, STEP_TIMES
+from bmc_vllm.drafters.drafting import DRAFTERS
+from bmc_vllm.drafts import TAKEN_BACK
 from tests.support.managers import BLOCK
 from tests.support.schedulers import (
     abort,
@@ -37,11 +41,15 @@ class Twins:
     one token of the budget for each request then.
     """
 
-    def __init__(self, num_blocks: int, method: str, policy: str, caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, method: str, length: str, policy: str, caching: bool
+    ) -> None:
         options = {**LIMITS, "scheduling_policy": policy, "enable_prefix_caching": caching}
+        options["bmc"] = {"draft_length": length}
         self.ours = make_scheduler(num_blocks, method, **options)
         plain = None if method == "ngram" else method
         self.plain = make_scheduler(num_blocks, plain, **options)
+        self.plain.drafts = None
         self.both = (self.ours, self.plain)
         self.count = 0
 
@@ -125,14 +133,15 @@ operations = st.lists(
 @given(
     num_blocks=st.integers(14, 60),
     method=st.sampled_from(["ngram", "draft_model"]),
+    length=st.sampled_from(["fixed", "auto"]),
     policy=st.sampled_from(["fcfs", "priority"]),
     caching=st.booleans(),
     operations=operations,
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_drafts_disturb_nobody(num_blocks, method, policy, caching, operations) -> None:
+def test_drafts_disturb_nobody(num_blocks, method, length, policy, caching, operations) -> None:
     """Over any pattern of arrivals, aborts and acceptance."""
-    twins = Twins(num_blocks, method, policy, caching)
+    twins = Twins(num_blocks, method, length, policy, caching)
     for operation, *arguments in operations:
         if operation == "add":
             twins.add(*arguments)
@@ -231,17 +240,20 @@ def test_no_drafts_behind_the_last_token() -> None:
     assert drafts_of(step(scheduler, none)) == {"b": 2}
 
 
-def test_fillers_near_the_limit_are_dropped() -> None:
-    """Within K of the longest sequence vLLM's runner gives everybody K tokens nobody drafted."""
-    scheduler = make_scheduler(60, max_model_len=64)
-    add(scheduler, "a", range(10))
+@pytest.mark.parametrize("worker", ["auto", "another.Worker"])
+def test_fillers_near_the_limit_are_dropped(worker: str) -> None:
+    """Within K of the longest sequence vLLM's runner gives everybody K tokens nobody drafted;
+    BMC's worker does not."""
+    scheduler = make_scheduler(60, max_model_len=64, worker_cls=worker)
+    add(scheduler, "a", range(4))
     add(scheduler, "b", range(100, 158))
     verified = []
     for _ in range(5):
         longest = max((r.num_tokens for r in scheduler.requests.values()), default=0)
         verified.append((longest, sum(drafts_of(step(scheduler, none)).values())))
     # With the drafts that it verifies, the step at 59 tokens ends within 4 of 64, and that at 61.
-    assert verified == [(58, 0), (59, 8), (60, 0), (61, 6), (62, 0)]
+    dropped = [8, 0, 6, 0] if worker != "auto" else [8, 7, 6, 5]
+    assert verified == list(zip(range(58, 63), [0, *dropped], strict=True))
 
 
 def test_the_users_table_is_an_upper_bound() -> None:
@@ -293,6 +305,21 @@ def test_what_is_reported_reaches_the_controller() -> None:
     assert calls[1:] == [([2], [11], times), ("a", 2, 1, "draft_model")]
     step(scheduler)
     assert calls[-1] == "a"
+
+
+def test_acceptance_is_of_the_drafter_that_made_the_draft() -> None:
+    """Where a configuration has two, the worker names it with each draft."""
+    scheduler = make_scheduler(60, "draft_model")
+    calls = []
+    scheduler.drafts.controller.observe_acceptance = lambda *seen: calls.append(seen)
+    for name in "ab":
+        add(scheduler, name, range(10))
+    step(scheduler)
+    drafts = DraftTokenIds(["a", "b"], [[9] * 4, [9] * 2])
+    setattr(drafts, DRAFTERS, ["ngram", "draft_model"])
+    scheduler.update_draft_token_ids(drafts)
+    step(scheduler, lambda name, k: k - 1)
+    assert calls == [("a", 4, 3, "ngram"), ("b", 2, 1, "draft_model")]
 
 
 def test_fixed_and_auto_lengths() -> None:

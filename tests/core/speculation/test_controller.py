@@ -172,9 +172,7 @@ def test_without_room_nothing_is_drafted_and_nothing_parked() -> None:
 
 
 def test_the_same_calls_give_the_same_lengths() -> None:
-    first, second = (
-        play(controller(), batch(8), lambda i: i, 200) for _ in range(2)
-    )
+    first, second = (play(controller(), batch(8), lambda i: i, 200) for _ in range(2))
     assert first == second
 
 
