@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KEY = "bmc"
 AUTO: Literal["auto"] = "auto"
+FIXED: Literal["fixed"] = "fixed"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,14 @@ class BMCConfig:
             freed blocks that hold no cached prefix back to the operating system. Off by default:
             the memory is then promised to nobody, re-used pages cost a page fault each, and the
             pool is not on huge pages, which attention reads faster.
+        draft_length: of speculative decoding. ``"auto"``: as many draft tokens per request and
+            step as pay, up to ``num_speculative_tokens``; ``"fixed"``: always so many, where there
+            are spare rows for them.
     """
 
     r: int | Literal["auto"] | None = None
     release_free_memory: bool = False
+    draft_length: Literal["auto", "fixed"] = AUTO
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
 
@@ -74,10 +79,17 @@ class BMCConfig:
                 f"additional_config[{KEY!r}]['release_free_memory']={release!r}: "
                 "expected true or false"
             )
+        draft_length = settings.get("draft_length", AUTO)
+        if draft_length not in (AUTO, FIXED):
+            raise ValueError(
+                f"additional_config[{KEY!r}]['draft_length']={draft_length!r}: expected {AUTO!r} "
+                f"(the default) or {FIXED!r}"
+            )
         lookup_max, lookup_min = _lookup(settings)
         return cls(
             r=r,
             release_free_memory=release,
+            draft_length=draft_length,
             prompt_lookup_max=lookup_max,
             prompt_lookup_min=lookup_min,
         )

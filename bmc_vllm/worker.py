@@ -6,7 +6,8 @@ Promises that model execution is vLLM's, and that a step waits for no figures. F
   KV cache; gives the pool's mapping instead of zeros that are written;
 - ``initialize_from_config``: learns the pool's size and layout, logs what is in memory and the one
   line that says what runs, and starts to report the pool's memory for ``/metrics``;
-- ``execute_model``: releases the memory of blocks that the scheduler names, before the step;
+- ``execute_model``: before the step, releases the memory of blocks that the scheduler names, and
+  shortens the block tables from which it took blocks back;
 - ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine;
 - ``compile_or_warm_up_model``: measures what a step of speculative decoding costs.
 
@@ -32,6 +33,7 @@ from bmc_vllm.config import AUTO, BMCConfig
 from bmc_vllm.drafters.calibration import in_words, measured_costs
 from bmc_vllm.drafters.clock import StepClock
 from bmc_vllm.drafters.drafting import Drafting
+from bmc_vllm.drafts import TAKEN_BACK
 from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.layout import lost_layout
 from bmc_vllm.memory import KVPoolMemory, gib
@@ -39,6 +41,7 @@ from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
 from bmc_vllm.residency import ResidencyMeter
 from bmc_vllm.scheduler import RELEASED_BLOCKS
+from bmc_vllm.spare_rows import shorten_tables
 from bmc_vllm.speculative import check_draft_layers
 from bmc_vllm.startup import attention_layers, groups_in_words, layers_in_words
 
@@ -91,6 +94,9 @@ class BMCWorker(CPUWorker):
             released = getattr(scheduler_output, RELEASED_BLOCKS, None)
             if released:
                 self._memory.release(released)
+        taken_back = getattr(scheduler_output, TAKEN_BACK, None)
+        if taken_back:
+            shorten_tables(self.model_runner, taken_back)
         output = super().execute_model(scheduler_output)
         if self._residency is not None:
             self._residency.changed()

@@ -92,7 +92,7 @@ class DrafterRest:
 
     def park(self, now: int) -> None:
         """It pays no more. One that had woken only for a moment sleeps longer."""
-        short = 0 < self._woke and now - self._woke < self._gap
+        short = self._woke > 0 and now - self._woke < self._gap
         self._gap = min(2 * self._gap, MOST_STEPS) if short else FIRST_STEPS
         self.parked = True
         self._due = now + self._gap
