@@ -193,7 +193,7 @@ class Drafting:
         firsts = step.first.tolist()
         self._catch_up(common, [Span(i, missing.get(i, firsts[i]), ends[i]) for i in prompts])
         rows.computed(step, prompts)
-        rows.missed(step, [i for i in range(len(step.ids)) if i not in set(prompts)])
+        rows.missed(step, sorted(set(range(len(step.ids))).difference(prompts)))
 
     def _catch_up(self, common: CommonAttentionMetadata, spans: list[Span]) -> None:
         if spans:

@@ -8,7 +8,7 @@ Knows nothing of models: requests have ids, and block tables are arrays.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,11 +81,22 @@ class DraftRows:
 
     def missed(self, step: StepRows, which: Collection[int] | None = None) -> None:
         """The draft model has not seen this step's rows of these requests."""
-        for index in range(len(step.ids)) if which is None else which:
-            first, count = int(step.first[index]), int(step.counts[index])
-            self._missed[step.ids[index]] = self._start(index, first, step)
-            self._complete.discard(step.ids[index])
-            self._holes.update(self._blocks(index, first, first + count, step))
+        places = list(range(len(step.ids)) if which is None else which)
+        firsts = step.first.tolist()
+        for place in places:
+            first, known = firsts[place], self._missed.get(step.ids[place])
+            # Most often a request that is parked already.
+            if known is None or first < known:
+                self._missed[step.ids[place]] = self._start(place, first, step)
+                self._complete.discard(step.ids[place])
+        self._holes.update(self._written(places, step))
+
+    def _written(self, places: list[int], step: StepRows) -> Iterator[int]:
+        """The blocks that this step's rows of these requests lie in."""
+        first = step.first[places] // self._block_size
+        last = (step.first[places] + step.counts[places] - 1) // self._block_size
+        for further in range(int((last - first).max(initial=-1)) + 1):
+            yield from step.tables[places, np.minimum(first + further, last)].tolist()
 
     def _start(self, index: int, first: int, step: StepRows) -> int:
         """The first row that is missing; `first` where none is."""
