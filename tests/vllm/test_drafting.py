@@ -26,7 +26,7 @@ Expected = Callable[[list[list[int]], int], list[list[int]]]
 def speculating(
     model_dir: ModelStore, draft: str = MODEL, bmc: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[LLM]:
-    """An engine with draft model and as many as `MOST` draft tokens."""
+    """An engine with draft model and `MOST` draft tokens wherever there is room for them."""
     speculative = {
         "method": "draft_model",
         "model": model_dir(draft),
@@ -37,7 +37,7 @@ def speculating(
         model_dir(MODEL),
         "BMC",
         speculative_config=speculative,
-        additional_config={"bmc": {"r": 64, **(bmc or {})}},
+        additional_config={"bmc": {"r": 64, "draft_length": "fixed", **(bmc or {})}},
         **settings,
     ) as llm:
         yield llm
@@ -130,15 +130,20 @@ def test_beyond_a_shorter_drafts_limit(model_dir: ModelStore, expected: Expected
 
 
 def test_preempted_and_resumed(model_dir: ModelStore, expected: Expected) -> None:
+    """In a pool this small drafts are now and then made without the rows to write them to; those
+    are lost, and nothing else is."""
     prompts = prompts_of([60, 61, 62])
-    with speculating(model_dir, max_model_len=256, kv_cache_memory_bytes=15 * 64 << 10) as llm:
+    settings = {"max_model_len": 256, "kv_cache_memory_bytes": 15 * 64 << 10}
+    with speculating(model_dir, **settings) as llm:
         steering = Steering(llm, lambda step: 0 if step % 7 in (3, 4, 5) else MOST)
         tokens = generate(llm, prompts, 120)
         flush(llm)
     assert tokens == expected(prompts, 120)
-    assert steering.preempted
+    (request,) = set(steering.preempted)
+    resumed = [(a, d) for _, name, d, a in steering.drafts if name == request][-6:]
+    assert all(accepted == drafted for accepted, drafted in resumed)
     accepted, drafted = steering.accepted()
-    assert accepted == drafted > 100
+    assert accepted >= 0.9 * drafted > 100
 
 
 def test_a_prefix_that_was_computed_while_parked(model_dir: ModelStore) -> None:
@@ -157,7 +162,7 @@ def test_a_prefix_that_was_computed_while_parked(model_dir: ModelStore) -> None:
 
 
 def test_step_times(model_dir: ModelStore) -> None:
-    with speculating(model_dir) as llm:
+    with speculating(model_dir, bmc={"draft_length": "auto"}) as llm:
         steering = Steering(llm, lambda step: 0 if step % 2 else 3)
         generate(llm, prompts_of([9]), 12)
         flush(llm)
@@ -175,7 +180,7 @@ def test_step_times(model_dir: ModelStore) -> None:
 
 
 def test_costs_at_the_start(model_dir: ModelStore, vllm_log: list[str]) -> None:
-    with speculating(model_dir, max_num_seqs=8) as llm:
+    with speculating(model_dir, bmc={"draft_length": "auto"}, max_num_seqs=8) as llm:
         costs = worker(llm)._clock.costs
     assert {1, 8, 32} <= {rows for rows, _ in costs.forward}
     assert max(rows for rows, _ in costs.forward) == 8 * (MOST + 1)
