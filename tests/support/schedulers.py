@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from bmc_vllm.kv_cache_interface import to_bmc_spec
-from tests.support.managers import BLOCK, FULL, hasher
+from tests.support.managers import BLOCK, KINDS, hasher
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,11 +65,16 @@ def configuration(method: str | None, most: int, settings: str) -> tuple[VllmCon
 
 
 def make_scheduler(
-    num_blocks: int, method: str | None = "ngram", most: int = 4, **settings: Any
+    num_blocks: int,
+    method: str | None = "ngram",
+    most: int = 4,
+    kind: str = "full",
+    **settings: Any,
 ) -> Any:
     """A BMCScheduler over a pool of its own.
 
     Args:
+        kind: of layers, see `tests.support.managers.KINDS`.
         method: of speculation; None: there is none.
         most: num_speculative_tokens.
         settings: of EngineArgs, and ``bmc`` and ``speculative`` for what else is set there.
@@ -82,7 +87,10 @@ def make_scheduler(
         kv_cache_config=KVCacheConfig(
             num_blocks=num_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], to_bmc_spec(FULL))],
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer{i}"], to_bmc_spec(spec))
+                for i, spec in enumerate(KINDS[kind])
+            ],
         ),
         structured_output_manager=structured,
         block_size=BLOCK,
@@ -156,7 +164,13 @@ def drafts_of(output: SchedulerOutput) -> dict[str, int]:
     return {name: len(tokens) for name, tokens in output.scheduled_spec_decode_tokens.items()}
 
 
+def tables(scheduler: Any, name: str) -> list[list[int]]:
+    """Ids of a request's blocks, by group."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return [[block.block_id for block in m.req_to_blocks.get(name, ())] for m in managers]
+
+
 def table(scheduler: Any, name: str) -> list[int]:
-    """Ids of a request's blocks."""
-    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    return [block.block_id for block in manager.req_to_blocks.get(name, ())]
+    """Of a scheduler with one group."""
+    (blocks,) = tables(scheduler, name)
+    return blocks

@@ -12,7 +12,7 @@ from bmc_core.speculation import StepCosts, StepTimes
 from bmc_vllm.drafters.clock import STEP_COSTS, STEP_TIMES
 from bmc_vllm.drafters.drafting import DRAFTERS
 from bmc_vllm.drafts import TAKEN_BACK
-from tests.support.managers import BLOCK
+from tests.support.managers import BLOCK, KINDS
 from tests.support.schedulers import (
     abort,
     add,
@@ -22,6 +22,7 @@ from tests.support.schedulers import (
     sampled,
     step,
     table,
+    tables,
 )
 
 R = 64
@@ -42,10 +43,10 @@ class Twins:
     """
 
     def __init__(
-        self, num_blocks: int, method: str, length: str, policy: str, caching: bool
+        self, num_blocks: int, kind: str, method: str, length: str, policy: str, caching: bool
     ) -> None:
         options = {**LIMITS, "scheduling_policy": policy, "enable_prefix_caching": caching}
-        options["bmc"] = {"draft_length": length}
+        options |= {"kind": kind, "bmc": {"draft_length": length}}
         self.ours = make_scheduler(num_blocks, method, **options)
         plain = None if method == "ngram" else method
         self.plain = make_scheduler(num_blocks, plain, **options)
@@ -100,12 +101,13 @@ class Twins:
         """Whoever holds more blocks than the twin holds the next of its chunk, and nobody waits."""
         ahead = 0
         for name in self.ours.requests:
-            blocks, needed = table(self.ours, name), len(table(self.plain, name))
-            assert len(blocks) >= needed
-            for last, block in zip(blocks[needed - 1 :], blocks[needed:], strict=False):
-                assert block == last + 1
-                assert (block - 1) // (R // BLOCK) == (last - 1) // (R // BLOCK)
-            ahead += len(blocks) - needed
+            for blocks, twin in zip(tables(self.ours, name), tables(self.plain, name), strict=True):
+                needed = len(twin)
+                assert len(blocks) >= needed
+                for last, block in zip(blocks[needed - 1 :], blocks[needed:], strict=False):
+                    assert block == last + 1
+                    assert (block - 1) // (R // BLOCK) == (last - 1) // (R // BLOCK)
+                ahead += len(blocks) - needed
         free = [s.kv_cache_manager.block_pool.get_num_free_blocks() for s in self.both]
         assert free[0] + ahead == free[1]
         if waited:
@@ -132,6 +134,7 @@ operations = st.lists(
 
 @given(
     num_blocks=st.integers(14, 60),
+    kind=st.sampled_from(sorted(KINDS)),
     method=st.sampled_from(["ngram", "draft_model"]),
     length=st.sampled_from(["fixed", "auto"]),
     policy=st.sampled_from(["fcfs", "priority"]),
@@ -139,9 +142,11 @@ operations = st.lists(
     operations=operations,
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_drafts_disturb_nobody(num_blocks, method, length, policy, caching, operations) -> None:
+def test_drafts_disturb_nobody(
+    num_blocks, kind, method, length, policy, caching, operations
+) -> None:
     """Over any pattern of arrivals, aborts and acceptance."""
-    twins = Twins(num_blocks, method, length, policy, caching)
+    twins = Twins(num_blocks, kind, method, length, policy, caching)
     for operation, *arguments in operations:
         if operation == "add":
             twins.add(*arguments)
