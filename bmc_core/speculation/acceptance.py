@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 START = 0.6
 """Acceptance of a drafter of which nothing is known: hope, as one try is cheap."""
 START_WEIGHT = 1.5
-POSITION_WEIGHT = 1.5
+POSITION_WEIGHT = 8.0
 """Observations that the estimate of the position before counts for, in a drafter's counts."""
 DRAFTER_WEIGHT = 4.0
 """Observations that the drafter's estimate counts for, in a request's."""

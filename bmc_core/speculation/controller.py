@@ -37,7 +37,7 @@ RESUME_GAIN = 0.02
 """A parked drafter must promise so much more to run again, and within `RESUME_STEPS` more than the
 rows cost that it has to catch up on."""
 RESUME_STEPS = 64
-PARK_LOSS = 0.01
+PARK_LOSS = 0.02
 """A drafter runs on where that is expected to cost no more, as parking it has its price too."""
 PACE_TOKENS = 4
 """Draft tokens that say how fast a request goes. A token counts for the less the faster its request

@@ -190,8 +190,8 @@ class CostTables:
         """Seconds of a round of K draft steps, by K. A round's first pass sees the K + 1 rows that
         were verified last, each later one a row of each request."""
         if requests not in self._rounds:
-            steps = np.arange(len(self._draft_attention))
-            alone = steps * at(self.costs.draft, requests) + self.costs.draft_overhead
+            steps = np.arange(len(self._draft_attention), dtype=np.float64)
+            alone: Floats = steps * at(self.costs.draft, requests) + self.costs.draft_overhead
             alone[0] = 0.0
             self._rounds[requests] = alone
         return (self._rounds[requests] + context_rows * self._draft_attention) * self.draft_factor
