@@ -36,6 +36,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from bmc_core.policy import MINIMUM_GROWTH, BMCPolicy
+from bmc_core.speculation import StepCosts, choose_lengths
 
 TOLERANCE = 0.02
 """Share of the cache's time (growths, padding, reading) given up for less memory in reserve."""
@@ -353,24 +354,29 @@ def growing_policy(
 def best_draft_tokens(
     work: Workload, costs: Costs, *, most: int = 15, spare_rows: int | None = None
 ) -> int:
-    """k: the draft tokens per step that give the most kept rows per second.
+    """k: the draft tokens per step, the same for all sequences, that give the most kept rows per
+    second at the mean n = P + N/2.
 
-    Minimizes (step_seconds(batch (k + 1)) + c_read n) / tokens_per_step(k, acceptance) at the mean
-    n = P + N/2. K and V are taken to be read once for all k + 1 rows of a step, so this holds while
-    reading them is bound by memory; drafting itself is taken to be free.
+    An estimate before anything runs: acceptance is the same at every position, drafting is free,
+    and K and V are read once for all k + 1 rows of a step, as they are where memory binds and
+    queries are not grouped. Serving takes nothing of that for granted: see
+    `bmc_core.speculation.SpeculationController`.
 
     Args:
         spare_rows: k + 1 rows must fit into them; None: no bound.
     """
     if spare_rows is not None:
         most = min(most, max(0, spare_rows - 1))
-    read = costs.c_read * (work.prompt_rows + work.new_rows / 2)
-
-    def seconds_per_row(drafts: int) -> float:
-        step = costs.step_seconds(work.batch_size * (drafts + 1)) + read
-        return step / tokens_per_step(drafts, work.acceptance)
-
-    return min(range(most + 1), key=seconds_per_row)
+    batch = work.batch_size
+    # One request stands for all: its query rows are taken `batch` times.
+    alike = StepCosts(
+        forward=tuple((rows, costs.step_seconds(batch * rows)) for rows in range(1, most + 2)),
+        attention=((1, costs.c_read),),
+        draft=(),
+    )
+    survival = [work.acceptance**position for position in range(1, most + 1)]
+    context = work.prompt_rows + work.new_rows // 2
+    return choose_lengths([survival], [context], [most], alike, draft_steps=None).lengths[0]
 
 
 def _free_padding_rows(rows: float, costs: Costs, tolerance: float) -> float:
