@@ -89,7 +89,7 @@ _UNEVEN = Pair(DEEP, DRAFT, 0.4)
 _WRONG = Pair(MHA, DRAFT, 0.0, wrong=True)
 _DEMO = Pair(DEMO, DRAFT, 0.0)
 
-_QUICK_SYSTEMS: Systems = (("cpu_attn", (4,)), ("bmc_vllm", (NONE, 4, AUTO)))
+_QUICK_SYSTEMS: Systems = (("cpu_attn", (4,)), ("bmc_vllm", (NONE, AUTO)))
 QUICK = (
     Case("transformers small draft 1 x 512", Pair(SMALL, DRAFT, 0.7), HARD, 1, 512, 64,
          hugging_face("bmc", "dynamic", 4)),

@@ -113,7 +113,8 @@ def prompt_rows(model: ChainLlama, prompt: Sequence[int]) -> Rows:
                 model.module(
                     input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )
-        known[key] = [(layer.keys, layer.values) for layer in cache.layers]
+        layers: Any = cache.layers
+        known[key] = [(layer.keys, layer.values) for layer in layers]
     return known[key]
 
 
@@ -151,7 +152,7 @@ class HuggingFace(Speculator):
 
     def _loaded(self, model: LlamaForCausalLM) -> Any:
         """What `generate` is called on."""
-        steered = {"speculate": self.mode} if self.mode in (AUTO, FIXED) else {}
+        steered: dict[str, Any] = {"speculate": self.mode} if self.mode in (AUTO, FIXED) else {}
         if "deepspeed" not in self.name:
             if self.peer:
                 return model

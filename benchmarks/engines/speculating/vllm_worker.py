@@ -116,7 +116,8 @@ class Worker:
 
     def _steps(self, done: Callable[[], bool]) -> None:
         while not done():
-            for output in self.engine.step():
+            outputs: list[Any] = self.engine.step()
+            for output in outputs:
                 self.tokens[output.request_id] = list(output.outputs[0].token_ids)
 
     def turn(self, prompts: list[list[int]], new: int, length: int | None) -> dict[str, Any]:
