@@ -8,9 +8,12 @@ HOST ?= 127.0.0.1
 MODEL ?=
 SPECULATE ?=
 ARGS ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 
 BIN = $(VENV)/bin
+# Files of tests in JOBS processes, whose idle threads leave the cores to each other.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-fast test-versions lint format build clean
@@ -20,7 +23,7 @@ help: ## list the targets and settings
 	@echo "settings: MODEL=path-or-name HOST=$(HOST) PORT=$(PORT) ARGS=\"options of vllm serve\""
 	@echo "          SPECULATE=ngram|draft (draft: of the demo model)"
 	@echo "          VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=address-of-PyTorch's-CPU-wheels"
-	@echo "          ARGS also goes to pytest: make test ARGS=\"-k server\""
+	@echo "          ARGS also goes to pytest: make test ARGS=\"-k server\"; JOBS=0: in one process"
 
 # The script itself sees what is up to date, and a lock keeps two of them apart.
 setup: ## make the environment and build the kernels
@@ -31,10 +34,10 @@ serve: setup ## start the server (makes the demo model when MODEL is not given)
 		--speculate "$(SPECULATE)" -- $(ARGS)
 
 test: setup ## run every test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: setup ## run what starts no engine, server or benchmark and compiles nothing: two minutes
-	@$(BIN)/python -m pytest -m "not engine and not server and not build and not run" $(ARGS)
+	@$(PYTEST) -m "not engine and not server and not build and not run" $(ARGS)
 
 test-versions: setup ## run tests beside other versions of vLLM, transformers and torch: an hour
 	@$(BIN)/python -m tools.test_versions --torch-index "$(TORCH_INDEX)" $(ARGS)

@@ -33,7 +33,10 @@ TESTED_PYTHON = (3, 11)
 # Never installed: see the module docstring.
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 BUILD_TOOLS = ("setuptools", "packaging", "pybind11")
-DEVELOPER_TOOLS = ("pytest", "hypothesis", "ruff", "mypy", "clang-format", "pre-commit", "build")
+DEVELOPER_TOOLS = (
+    *("pytest", "pytest-xdist", "hypothesis"),
+    *("ruff", "mypy", "clang-format", "pre-commit", "build"),
+)
 BENCHMARK_TOOLS = ("matplotlib", "rich", "safetensors", "typer")
 PACKAGE_SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in")
 NATIVE_SUFFIXES = {".cpp", ".cc", ".c", ".h", ".hpp", ".inc"}

@@ -72,9 +72,8 @@ class Worker:
         scheduler = core.engine_core.scheduler
         config = self.engine.vllm_config
         rows = scheduler.kv_cache_config.num_blocks * config.cache_config.block_size
-        longest = config.model_config.max_model_len - 400
-        prompts = (min(200, longest // 2), min(1500, longest))
-        load = Load("worn", config.scheduler_config.max_num_seqs, rows, prompts=prompts)
+        load = Load("worn", config.scheduler_config.max_num_seqs, rows)
+        load = load.within(config.model_config.max_model_len)
         wear(Served(scheduler, core.engine_core.request_block_hasher), load, turnovers)
         return {}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 VOCABULARY = 1 << 30
@@ -47,6 +47,13 @@ class Load:
     def max_rows(self) -> int:
         return 4096 if self.turns else 2048
 
+    def within(self, rows: int) -> Load:
+        """With prompts and outputs that a model of so many rows takes; as they are, if it does."""
+        outputs = min(self.outputs[0], rows // 4), min(self.outputs[1], rows // 2)
+        longest = rows - outputs[1]
+        prompts = min(self.prompts[0], longest // 2), min(self.prompts[1], longest)
+        return replace(self, outputs=outputs, prompts=prompts)
+
 
 class Requests:
     """The requests of a load, the same for every scheduler.
@@ -74,7 +81,8 @@ class Requests:
             begin = self._told.pop(rng.randrange(len(self._told)))
             return Drawn(begin + self._tokens(rng.randint(20, 300)), outputs)
         begin = rng.choice(self._prefixes) if self._prefixes and rng.random() < 0.5 else []
-        return Drawn(begin + self._tokens(max(50, rows - len(begin))), outputs)
+        prompt = begin + self._tokens(max(50, rows - len(begin)))
+        return Drawn(prompt[: load.prompts[1]], outputs)
 
     def ended(self, tokens: Sequence[int]) -> None:
         """A request has ended with these tokens, its prompt's first."""

@@ -20,6 +20,7 @@ from bmc_core.cli.options import (
     calibrated,
     geometry_of_model,
     make_console,
+    not_possible_here,
     refuse,
     require_at_least,
     require_writable,
@@ -40,6 +41,14 @@ def command(
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
     refresh: RefreshOption = False,
+    pieces: Annotated[
+        bool,
+        typer.Option(
+            "--pieces",
+            help="Also time attention over rows in pieces, as in a paged cache: what r buys "
+            "there. About three seconds; not kept.",
+        ),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Measures this machine for a model's K and V (about seven seconds) and keeps the figures."""
@@ -54,15 +63,47 @@ def command(
     console = make_console()
     found = calibrated(geometry, threads, refresh, console)
     show_calibration(found, console)
-    write_json(
-        {
-            "geometry": about(geometry, found.threads),
-            "file": None if found.path is None else str(found.path),
-            "fresh": found.fresh,
-            **found.measured._asdict(),
-        },
-        json,
+    figures = {
+        "geometry": about(geometry, found.threads),
+        "file": None if found.path is None else str(found.path),
+        "fresh": found.fresh,
+        **found.measured._asdict(),
+    }
+    if pieces:
+        figures["pieces"] = _time_pieces(geometry, found.threads, console)
+    write_json(figures, json)
+
+
+def _time_pieces(geometry: Geometry, threads: int, console: Console) -> dict[int, float]:
+    """Seconds per row of a layer's decode attention by rows of a piece, shown as a table."""
+    from bmc_core.costs.calibration import on_threads
+    from bmc_core.costs.pieces import TOLERANCE, piece_seconds, smallest_fast
+
+    try:
+        with on_threads(threads):
+            seconds = piece_seconds(
+                geometry.num_kv_heads,
+                geometry.head_size,
+                geometry.dtype,
+                num_heads=geometry.num_query_heads,
+            )
+    except (ValueError, TypeError) as error:
+        raise refuse("--pieces", f"given, but the kernel takes no such cache: {error}") from None
+    except (MemoryError, RuntimeError) as error:
+        raise not_possible_here(error, console) from None
+    table = Table(box=box.SIMPLE_HEAD, title="Decode attention of one layer over rows in pieces")
+    for name in ("rows of a piece", "GB/s", "longer than a stretch"):
+        table.add_column(name, justify="right")
+    for piece, value in seconds.items():
+        rate = geometry.layer_row_bytes / value / 1e9
+        longer = f"{value / seconds[0] - 1:.1%}" if piece else ""
+        table.add_row(str(piece or "one stretch"), f"{rate:.1f}", longer)
+    console.print(table)
+    console.print(
+        f"the smallest that takes at most {TOLERANCE:.0%} longer: {smallest_fast(seconds)} rows",
+        highlight=False,
     )
+    return seconds
 
 
 def _geometry(

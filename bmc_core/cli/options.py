@@ -158,8 +158,13 @@ def calibrated(
             )
         except (MemoryError, RuntimeError) as error:
             bar.stop()
-            console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-            raise typer.Exit(3) from None
+            raise not_possible_here(error, console) from None
+
+
+def not_possible_here(error: Exception, console: Console) -> typer.Exit:
+    """Prints what this machine lacks; the exit with 3."""
+    console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+    return typer.Exit(3)
 
 
 def write_json(result: Mapping[str, Any], path: Path | None) -> None:

@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -180,7 +182,9 @@ def calibrate(
             "bmc_core: measuring this machine, once, about %.0f seconds: %s", 1.4 * seconds, reason
         )
         neighbors = Neighbors()
-        measured = _on_threads(threads, geometry, seconds, progress)
+        told = {"progress": progress} if progress else {}
+        with on_threads(threads):
+            measured = measure(geometry, seconds=seconds, **told)
         others = neighbors.share()
         if others is not None and others > BUSY:
             logger.warning(
@@ -198,13 +202,13 @@ def calibrate(
     return found
 
 
-def _on_threads(
-    threads: int, geometry: Geometry, seconds: float, progress: Progress | None
-) -> Measured:
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """torch's threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return measure(geometry, seconds=seconds, **({"progress": progress} if progress else {}))
+        yield
     finally:
         torch.set_num_threads(before)
 

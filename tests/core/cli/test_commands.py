@@ -1,17 +1,19 @@
 """`python -m bmc_core`: calibrate and plan, their files, their errors, and what is missing."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from bmc_core.cli.app import app
-from bmc_core.costs import calibration
+from bmc_core.costs import calibration, pieces
 from bmc_core.costs.measure import AttentionCost, Measured
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -113,10 +115,26 @@ def test_calibrate_shows_and_keeps(model: Path, tmp_path: Path) -> None:
     assert "2 layers, 4 query heads, 2 KV heads of 64, float32" in text
 
 
+def test_calibrate_times_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pieces, "_most_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(pieces, "MIN_ROUNDS", 1)
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(pieces, "time", clock)
+    figures = tmp_path / "figures.json"
+    shape = ("--layers", 2, "--heads", 4, "--kv-heads", 2, "--head-size", 64, "--threads", 1)
+    code, text = invoke("calibrate", *shape, "--pieces", "--json", figures)
+    assert code == 0
+    assert "the smallest that takes at most 3% longer: 32 rows" in text, "every clock tick is one"
+    assert set(json.loads(figures.read_text())["pieces"]) == {"0", *map(str, pieces.PIECES)}
+    code, text = invoke("calibrate", *shape[:-4], "--head-size", 40, "--threads", 1, "--pieces")
+    assert code == 2
+    assert "--pieces is given, but the kernel takes no such cache" in text
+
+
 def test_help_explains() -> None:
     for command, options in {
         "plan": ("model", "prompt", "new", "batch", "attention", "draft-tokens", "plot", "json"),
-        "calibrate": ("model", "layers", "heads", "dtype", "threads", "refresh", "json"),
+        "calibrate": ("model", "layers", "heads", "dtype", "threads", "refresh", "pieces", "json"),
     }.items():
         code, text = invoke(command, "--help")
         assert code == 0
