@@ -2,9 +2,10 @@
 
 A measured forward over a predicted one is taken apart into a level, which all steps share (another
 job on the machine, a longer context than any that was measured), and a deviation by rows of the
-batch, which is the form of the curve. Both are medians of the last samples, so a step that stalls
-for ten times its time changes nothing, and a level that doubles is followed within five steps
-without being taken for a change of form. Knows no requests.
+batch, which is the form of the curve. The form is learned where the rows of a step are others than
+those of the step before, as only then the two can be told apart. Both are medians of the last
+samples: a step that stalls for ten times its time changes nothing, and a level that doubles is
+followed within five steps without being taken for a change of form. Knows no requests.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from bmc_core.speculation.costs import Floats
 
 LEVEL_SAMPLES = 9
 FORM_SAMPLES = 31
-OWN_SAMPLES = 2.0
-"""A deviation counts in full only when it has many more samples than this."""
+FEW_SAMPLES = (0.0, 0.33, 0.5)
+"""What a deviation of so many samples counts for: they may be stalls."""
 AGE_STEPS = 256
 """After so many steps without a sample a deviation loses one of its own."""
 
@@ -59,9 +60,8 @@ class _Deviation:
 
     @property
     def value(self) -> float:
-        """Drawn towards none while samples are few."""
         count = len(self.median)
-        return self.median.value * count / (count + OWN_SAMPLES)
+        return self.median.value * (FEW_SAMPLES[count] if count < len(FEW_SAMPLES) else 1.0)
 
 
 class CostCorrection:
@@ -71,6 +71,8 @@ class CostCorrection:
         self.steps = 0
         self._level = Median(LEVEL_SAMPLES)
         self._forms: dict[int, _Deviation] = {}
+        self._last = -1
+        self._places: Floats = np.empty(0)
         self._sampling = Median(LEVEL_SAMPLES)
         self._drafting = Median(LEVEL_SAMPLES)
 
@@ -92,8 +94,10 @@ class CostCorrection:
         if form is None:
             form = self._forms[place] = _Deviation(Median(FORM_SAMPLES), self.steps)
         ratio = math.log(measured / predicted)
+        if place != self._last and len(self._level):
+            form.median.add(ratio - self._level.value)
+        self._last = place
         self._level.add(ratio - form.value)
-        form.median.add(ratio - self._level.value)
         form.aged = self.steps
         if self.steps % AGE_STEPS == 0:
             self._age()
@@ -112,16 +116,18 @@ class CostCorrection:
         if not self._forms:
             return np.full(count, math.exp(self._level.value))
         places = sorted(self._forms)
-        rows = 2 * np.log2(np.maximum(1, np.arange(count)))
-        deviations = np.interp(rows, places, [self._forms[place].value for place in places])
+        if len(self._places) != count:
+            self._places = 2 * np.log2(np.maximum(1, np.arange(count)))
+        deviations = np.interp(self._places, places, [self._forms[place].value for place in places])
         return np.exp(self._level.value + deviations)
 
     def _age(self) -> None:
         """What was not measured for long is forgotten, so that it is tried again."""
         for place, form in list(self._forms.items()):
             if self.steps - form.aged >= AGE_STEPS:
-                form.median.drop()
-                if not len(form.median):
+                if len(form.median):
+                    form.median.drop()
+                else:
                     del self._forms[place]
 
 

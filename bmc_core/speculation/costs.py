@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -147,9 +148,12 @@ class CostTables:
         self.sampling: Floats = np.empty(0)
         self.factor: Floats = np.empty(0)
         self.draft_factor = 1.0
+        self._rounds: dict[int, Floats] = {}
         self._draft_attention = np.array(
             [
-                at(costs.draft_attention, 1 + k) + max(0, k - 1) * at(costs.draft_attention, 1)
+                at(costs.draft_attention, 1 + k) + (k - 1) * at(costs.draft_attention, 1)
+                if k
+                else 0.0
                 for k in range(max_draft_tokens + 1)
             ]
         )
@@ -172,22 +176,25 @@ class CostTables:
         self.draft_factor = drafting
 
     def forward_seconds(self, lengths: Sequence[int], contexts: Sequence[int]) -> float:
-        """Predicted, without correction, for a step that verifies `lengths` draft tokens."""
+        """Predicted, without correction, for a step that verifies `lengths` draft tokens, none
+        longer than the maximum."""
         rows = sum(lengths) + len(lengths)
-        most, attention = self.max_draft_tokens, self._attention_list
-        seconds = at(self.costs.forward, rows)
-        for length, context in zip(lengths, contexts, strict=True):
-            seconds += attention[min(length, most)] * context
-        return seconds
+        self.reserve(rows)
+        seconds = float(self.rows[rows])
+        if rows == len(lengths):
+            return seconds + self._attention_list[0] * sum(contexts)
+        attention = [self._attention_list[length] for length in lengths]
+        return seconds + sum(map(operator.mul, attention, contexts))
 
     def drafting(self, requests: int, context_rows: float) -> Floats:
         """Seconds of a round of K draft steps, by K. A round's first pass sees the K + 1 rows that
         were verified last, each later one a row of each request."""
-        steps = np.arange(len(self._draft_attention))
-        seconds = steps * at(self.costs.draft, requests) + context_rows * self._draft_attention
-        seconds += self.costs.draft_overhead
-        seconds[0] = 0.0
-        return seconds * self.draft_factor
+        if requests not in self._rounds:
+            steps = np.arange(len(self._draft_attention), dtype=np.float64)
+            alone: Floats = steps * at(self.costs.draft, requests) + self.costs.draft_overhead
+            alone[0] = 0.0
+            self._rounds[requests] = alone
+        return (self._rounds[requests] + context_rows * self._draft_attention) * self.draft_factor
 
     def catching_up(self, missed_rows: int) -> float:
         """Seconds in which the draft model takes in rows that it missed: a pass over many rows

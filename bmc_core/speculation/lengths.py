@@ -186,9 +186,7 @@ def _rounds(batch: Batch, tables: CostTables, draft_steps: int | None) -> _Round
     return _Rounds(np.arange(most + 1), drafting[: most + 1])
 
 
-def _best_prefix(
-    batch: Batch, tables: CostTables, rounds: _Rounds, rate: float
-) -> BestSet | None:
+def _best_prefix(batch: Batch, tables: CostTables, rounds: _Rounds, rate: float) -> BestSet | None:
     """The best of all prefixes of the pairs in order, for every number of draft steps."""
     requests, positions = batch.survival.shape
     order = _ordered_pairs(batch, tables, rate)

@@ -9,8 +9,6 @@ the time since it last ran. Knows neither estimates nor costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,12 +22,16 @@ PROBE_TOKENS = 1
 """Draft tokens of a probe: whether the first is right says whether to go on."""
 PROBED_REQUESTS = 8
 """Requests that a step probes at most, as each takes a row."""
-PROBE_WEIGHT = 3.0
+PROBE_WEIGHT = 8.0
 """Observations that the past counts for when a probe starts."""
 PROBE_SHARE = 0.02
-"""Of the time since a drafter last ran, for a probe and the rows that it missed."""
+"""Of all steps, for probes of a drafter and the rows that they catch up on."""
+GAIN_SHARE = 0.1
+"""Of the time that drafts have saved, for the same: what has paid before may pay again."""
+MOST_CREDIT = 64.0
+"""Steps that may be saved up for probes."""
 POSTPONED_STEPS = 8
-MOST_REST = 4096
+MOST_REST = 2048
 """Steps after which a drafter is probed whatever that costs."""
 
 
@@ -89,10 +91,11 @@ class DrafterRest:
         self._woke = 0
         self._due = 0
         self._gap = FIRST_STEPS
+        self._credit = 0.0
 
     def park(self, now: int) -> None:
         """It pays no more. One that had woken only for a moment sleeps longer."""
-        short = 0 < self._woke and now - self._woke < self._gap
+        short = self._woke > 0 and now - self._woke < self._gap
         self._gap = min(2 * self._gap, MOST_STEPS) if short else FIRST_STEPS
         self.parked = True
         self._due = now + self._gap
@@ -104,9 +107,16 @@ class DrafterRest:
     def due(self, now: int) -> bool:
         return now >= self._due
 
-    def affordable(self, now: int, probe_seconds: float, step_seconds: float) -> bool:
-        rested = now - self.ran
-        return rested >= MOST_REST or probe_seconds <= PROBE_SHARE * rested * step_seconds
+    def earn(self, steps: float) -> None:
+        """Time that probes may take, in steps without drafts."""
+        self._credit = min(self._credit + steps, MOST_CREDIT)
+
+    def pay(self, steps: float, now: int) -> bool:
+        """Whether a probe that takes so long may be; its time is spent then."""
+        if steps > self._credit and now - self.ran < MOST_REST:
+            return False
+        self._credit = max(0.0, self._credit - steps)
+        return True
 
     def probe(self, now: int) -> None:
         """It runs for one step."""
@@ -121,11 +131,3 @@ class DrafterRest:
     def rewarded(self, now: int) -> None:
         """The probe was right: another follows at once."""
         self._due = now
-
-
-def rotate(items: Sequence[int], turn: int, count: int) -> list[int]:
-    """`count` of the items, others each turn."""
-    if len(items) <= count:
-        return list(items)
-    start = turn * count % len(items)
-    return [*items, *items][start : start + count]

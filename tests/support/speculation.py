@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ def serve(
     seed: int = 0,
     clock: Callable[[float], float] = lambda seconds: seconds,
     told: bool = True,
+    until: float = math.inf,
 ) -> Served:
     """Serves all streams, at most `batch` at once, in vLLM's order of calls: a step's draft length
     is asked for before the acceptance of that step is known.
@@ -125,12 +127,13 @@ def serve(
     Args:
         clock: what a policy is told of true seconds.
         told: whether it is told of seconds at all.
+        until: seconds after which serving ends, whoever is left.
     """
     waiting, live, served = list(streams), [], Served()
     for stream in waiting:
         stream.draw(seed)
     tables = CostTables(costs, most)
-    while waiting or live:
+    while (waiting or live) and served.seconds < until:
         while waiting and len(live) < batch:
             live.append(waiting.pop(0))
         requests = [
@@ -189,10 +192,11 @@ def best_fixed(
     most: int = MOST,
     seed: int = 0,
     lengths: Iterable[int] | None = None,
+    until: float = math.inf,
 ) -> tuple[int, Served]:
     """The best fixed k in hindsight, no drafts included, and what it took."""
     runs = {
-        k: serve(Fixed(k), streams(), costs, batch=batch, most=most, seed=seed)
+        k: serve(Fixed(k), streams(), costs, batch=batch, most=most, seed=seed, until=until)
         for k in (range(most + 1) if lengths is None else lengths)
     }
     best = max(runs, key=lambda k: runs[k].rate)

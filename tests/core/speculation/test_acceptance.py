@@ -1,7 +1,9 @@
 """Survival of draft tokens from what was accepted: censored, fading, shared."""
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def learned(*observations, positions: int = POSITIONS) -> Acceptance:
 
 
 def survival(acceptance: Acceptance, request: object = "a", drafter: str = "") -> list[float]:
-    return acceptance.survival([acceptance.slot(request, drafter)[0]])[0].tolist()
+    return acceptance.survival(np.array([acceptance.slot(request, drafter)[0]]))[0].tolist()
 
 
 def draws(acceptance: float, steps: int, k: int, request: str = "a", seed: int = 0):
@@ -93,7 +95,7 @@ def test_old_observations_fade() -> None:
 def test_a_cap_makes_the_past_unsure() -> None:
     acceptance = learned(*[("a", 2, 0)] * 50)
     sure = survival(acceptance)[0]
-    acceptance.cap([0], 3.0)
+    acceptance.cap(np.array([0]), 3.0)
     acceptance.cap_drafters(3.0)
     acceptance.observe("a", 2, 2, "")
     acceptance.observe("a", 2, 2, "")
@@ -124,7 +126,7 @@ def test_survival_is_a_probability_that_falls(observations) -> None:
     acceptance = learned(*observations)
     for request in range(4):
         found = survival(acceptance, request)
-        assert all(0.0 < b <= a < 1.0 for a, b in zip(found, found[1:], strict=False))
+        assert all(0.0 < b <= a < 1.0 for a, b in itertools.pairwise(found))
 
 
 def test_what_is_learned_from_is_known_by_any_name() -> None:
@@ -140,7 +142,7 @@ def test_what_is_learned_from_is_known_by_any_name() -> None:
 def test_many_come_and_go() -> None:
     acceptance = Acceptance(POSITIONS)
     for i in range(5000):
-        slot, new = acceptance.slot(i, "")
+        _, new = acceptance.slot(i, "")
         assert new
         acceptance.observe(i, 2, 2, "")
         if i >= 10:

@@ -73,13 +73,13 @@ def test_costs_that_were_wrong_by_two_are_put_right() -> None:
 
 def test_the_form_of_the_curve_is_learned() -> None:
     """Sixteen rows cost half as much again as was said, one row what was said."""
-    factors = correction([(1, 1.0), (16, 1.5)] * 40).factors(64)
+    factors = correction([(1, 1.0), (16, 1.5), (1, 1.0)] * 40).factors(64)
     assert factors[16] / factors[1] == pytest.approx(1.5, rel=0.08)
     assert factors[1] < factors[4] < factors[16] == factors[40]
 
 
 def test_a_slower_machine_is_no_other_curve() -> None:
-    before = [(1, 1.0), (5, 1.2)] * 30
+    before = [(1, 1.0), (5, 1.2), (1, 1.0)] * 30
     factors = correction([*before, *[(5, 2.4)] * 20]).factors(8)
     assert factors[5] / factors[1] == pytest.approx(1.2, rel=0.1)
     assert factors[1] == pytest.approx(2.0, rel=0.1)

@@ -74,21 +74,21 @@ def best_of_all(survival, contexts, limits, costs, draft_steps) -> float:
 
 
 @given(cases(convex=True), st.one_of(st.none(), st.integers(0, 4)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_best_of_all_sets(case, draft_steps) -> None:
     choice = choose_lengths(*case, draft_steps=draft_steps)
     assert choice.rate == pytest.approx(best_of_all(*case, draft_steps), rel=1e-6)
 
 
 @given(cases(convex=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_close_to_it_where_attention_is_measured_unevenly(case) -> None:
     choice = choose_lengths(*case, draft_steps=None)
     assert choice.rate >= best_of_all(*case, None) * 0.97
 
 
 @given(cases(convex=False), st.one_of(st.none(), st.integers(0, 4)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_choice_is_what_it_says(case, draft_steps) -> None:
     survival, contexts, limits, costs = case
     choice = choose_lengths(*case, draft_steps=draft_steps)
