@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KEY = "bmc"
 AUTO: Literal["auto"] = "auto"
+FIXED: Literal["fixed"] = "fixed"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,23 @@ class BMCConfig:
             freed blocks that hold no cached prefix back to the operating system. Off by default:
             the memory is then promised to nobody, re-used pages cost a page fault each, and the
             pool is not on huge pages, which attention reads faster.
+        draft_length: of speculative decoding. ``"auto"``: as many draft tokens per request and
+            step as pay, up to ``num_speculative_tokens``; ``"fixed"``: always so many, where there
+            are spare rows for them.
     """
 
     r: int | Literal["auto"] | None = None
     release_free_memory: bool = False
+    draft_length: Literal["auto", "fixed"] = AUTO
+    prompt_lookup_max: int | None = None
+    prompt_lookup_min: int | None = None
+
+    @property
+    def prompt_lookup(self) -> tuple[int, int] | None:
+        """Least and most tokens that a copied draft's beginning must match; None: none."""
+        if self.prompt_lookup_max is None:
+            return None
+        return self.prompt_lookup_min or self.prompt_lookup_max, self.prompt_lookup_max
 
     @classmethod
     def from_dict(cls, settings: Any) -> BMCConfig:
@@ -65,7 +79,20 @@ class BMCConfig:
                 f"additional_config[{KEY!r}]['release_free_memory']={release!r}: "
                 "expected true or false"
             )
-        return cls(r=r, release_free_memory=release)
+        draft_length = settings.get("draft_length", AUTO)
+        if draft_length not in (AUTO, FIXED):
+            raise ValueError(
+                f"additional_config[{KEY!r}]['draft_length']={draft_length!r}: expected {AUTO!r} "
+                f"(the default) or {FIXED!r}"
+            )
+        lookup_max, lookup_min = _lookup(settings)
+        return cls(
+            r=r,
+            release_free_memory=release,
+            draft_length=draft_length,
+            prompt_lookup_max=lookup_max,
+            prompt_lookup_min=lookup_min,
+        )
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> BMCConfig:
@@ -96,3 +123,20 @@ class BMCConfig:
         """
         rows = self.r if isinstance(self.r, int) else DEFAULT_R
         return -(-rows // block_size) * block_size
+
+
+def _lookup(settings: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """`prompt_lookup_max` and `prompt_lookup_min`; raises ValueError on anything odd."""
+    most, least = settings.get("prompt_lookup_max"), settings.get("prompt_lookup_min")
+    for name, value in (("prompt_lookup_max", most), ("prompt_lookup_min", least)):
+        valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value is not None and not valid:
+            raise ValueError(
+                f"additional_config[{KEY!r}][{name!r}]={value!r}: expected a positive int (tokens)"
+            )
+    if least is not None and (most is None or least > most):
+        raise ValueError(
+            f"additional_config[{KEY!r}]['prompt_lookup_min']={least}: expected at most "
+            f"prompt_lookup_max ({most})"
+        )
+    return most, least

@@ -196,12 +196,15 @@ class ChunkedFreeQueue(FreeKVCacheBlockQueue):
 
     def num_spare(self, owner: Hashable, last: int) -> int:
         """Free blocks that an owner whose last block is ``last`` would grow into."""
-        behind = 0
-        for block_id in range(last + 1, self._end_of(last)):
-            if not self._is_free(block_id):
-                break
-            behind += 1
-        return behind + len(self._kept_for(owner)) * self.chunk_blocks
+        return len(self.free_behind(last)) + len(self._kept_for(owner)) * self.chunk_blocks
+
+    def free_behind(self, last: int) -> range:
+        """Ids of the free blocks that follow block ``last`` in its chunk: whoever goes on behind it
+        gets them first, and opens no chunk for them."""
+        end = last + 1
+        while end < self._end_of(last) and self._is_free(end):
+            end += 1
+        return range(last + 1, end)
 
     def check(self) -> None:
         """Raises AssertionError where chunks and links contradict each other; visits all."""

@@ -13,7 +13,7 @@ nothing of layers or memory; which blocks are taken is `free_chunks.ChunkedFreeQ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm.utils.math_utils import cdiv
@@ -52,17 +52,21 @@ class GrowthState:
         queue: the free blocks of their pool.
         managers: all managers on the pool.
         requests: the scheduler's requests by id.
+        draft_rows: rows that requests get in the next step at least, for the sake of draft tokens.
+            Whoever sets them knows that the blocks are free, and are the next of the request's
+            chunk.
     """
 
     queue: ChunkedFreeQueue
     managers: Sequence[SingleTypeKVCacheManager]
     requests: Mapping[str, Request]
+    draft_rows: dict[str, int] = field(default_factory=dict)
 
     def stats(self) -> GrowthStats:
         """Visits every request."""
         reserved = spare = 0
         for manager in self.managers:
-            if isinstance(manager, _ChunkedGrowth):
+            if isinstance(manager, ChunkedGrowth):
                 for request_id in manager.req_to_blocks:
                     rows = manager.rows(request_id)
                     reserved += rows[0]
@@ -70,7 +74,7 @@ class GrowthState:
         return GrowthStats(self.queue.growths, reserved, spare)
 
 
-class _ChunkedGrowth(SingleTypeKVCacheManager):
+class ChunkedGrowth(SingleTypeKVCacheManager):
     """Mixin over a vLLM manager: growth by chunks. See the module docstring."""
 
     _growth: GrowthState | None = None
@@ -84,6 +88,8 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
     ) -> list[KVCacheBlock]:
         """vLLM's method, whose new blocks are the next of the request's chunk."""
         blocks = self.req_to_blocks[request_id]
+        if self._growth is not None and self._growth.draft_rows:
+            num_tokens = max(num_tokens, self._growth.draft_rows.get(request_id, 0))
         if num_tokens <= len(blocks) * self.block_size and request_id not in self._partial_hit_reqs:
             return []  # As vLLM's method, at once: most steps of most requests end here.
         if self._growth is None:
@@ -120,13 +126,13 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         room = cdiv(rows, self.block_size) - len(blocks)
         if self.max_admission_blocks_per_request is not None:  # Behind a window blocks are freed.
             room = min(room, self.max_admission_blocks_per_request)
-        last = _last_id(blocks)
+        last = last_id(blocks)
         return Place(self._owner(request_id), last, room)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self._growth is not None:
             blocks = self.req_to_blocks.get(request_id)
-            last = _last_id(blocks)
+            last = last_id(blocks)
             self._growth.queue.release(self._owner(request_id), last)
         return super().pop_blocks_for_free(request_id)
 
@@ -140,7 +146,7 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         held = len(blocks) * self.block_size
         request = self._growth.requests.get(request_id)
         unused = max(0, held - request.num_computed_tokens) if request is not None else 0
-        last = _last_id(blocks)
+        last = last_id(blocks)
         ahead = 0
         if last is not None:
             ahead = self._growth.queue.num_spare(self._owner(request_id), last) * self.block_size
@@ -154,16 +160,16 @@ class _ChunkedGrowth(SingleTypeKVCacheManager):
         check_integrity(self.block_pool, managers)
 
 
-def _last_id(blocks: Sequence[KVCacheBlock] | None) -> int | None:
+def last_id(blocks: Sequence[KVCacheBlock] | None) -> int | None:
     """Of the block behind which a table goes on; None where there is none, or the null block."""
     return blocks[-1].block_id if blocks and not blocks[-1].is_null else None
 
 
-class BMCFullAttentionManager(_ChunkedGrowth, FullAttentionManager):
+class BMCFullAttentionManager(ChunkedGrowth, FullAttentionManager):
     """Full attention: all blocks are held until the request ends."""
 
 
-class BMCSlidingWindowManager(_ChunkedGrowth, SlidingWindowManager):
+class BMCSlidingWindowManager(ChunkedGrowth, SlidingWindowManager):
     """Sliding window: blocks behind the window are freed by vLLM's own method."""
 
 
@@ -180,7 +186,7 @@ def configure_growth(
     Returns:
         What they share; None if there is no BMC manager: then nothing is changed.
     """
-    growing = [manager for manager in managers if isinstance(manager, _ChunkedGrowth)]
+    growing = [manager for manager in managers if isinstance(manager, ChunkedGrowth)]
     if not growing:
         return None
     pool = growing[0].block_pool

@@ -37,6 +37,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from bmc_vllm.drafts import DraftStats
     from bmc_vllm.kv_cache_manager import GrowthStats
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -54,6 +55,11 @@ _RESERVED = ("bmc:kv_rows_reserved", "Rows that requests hold or would grow into
 _SPARE = ("bmc:kv_rows_spare", "Of those, rows that no token needs yet.")
 _POOL = ("bmc:kv_pool_bytes", "Bytes of the KV pool, all workers.")
 _RESIDENT = ("bmc:kv_pool_resident_bytes", "Memory of the KV pool in RAM, all workers.")
+_OFFERED = ("bmc:spec_decode_rows_offered", "Spare rows that draft tokens could have had.")
+_USED = ("bmc:spec_decode_rows_used", "Spare rows that draft tokens were written to.")
+_DRAFT_GROWTHS = ("bmc:spec_decode_growths", "Blocks taken for draft tokens ahead of need.")
+_PARKED = ("bmc:spec_decode_parked_steps", "Steps after which the drafter did not run.")
+_LENGTHS = ("bmc:spec_decode_lengths", "Requests' steps by draft tokens verified (label k).")
 
 _serial = itertools.count()
 _collector: _Collector | None = None
@@ -77,17 +83,25 @@ class StatsWriter:
         self._write(GAUGE, _RESERVED, stats.rows_reserved)
         self._write(GAUGE, _SPARE, stats.rows_spare)
 
+    def write_drafts(self, stats: DraftStats) -> None:
+        self._write(COUNTER, _OFFERED, stats.rows_offered)
+        self._write(COUNTER, _USED, stats.rows_used)
+        self._write(COUNTER, _DRAFT_GROWTHS, stats.growths)
+        self._write(COUNTER, _PARKED, stats.parked_steps)
+        for length, steps in enumerate(stats.lengths):
+            self._write(COUNTER, _LENGTHS, steps, k=str(length))
+
     def write_memory(self, pool_bytes: int, resident_bytes: int) -> None:
         """Bytes of the pool of one worker, and how many of them are in memory."""
         self._write(GAUGE, _POOL, pool_bytes)
         self._write(GAUGE, _RESIDENT, resident_bytes)
 
-    def _write(self, kind: str, metric: tuple[str, str], value: int) -> None:
+    def _write(self, kind: str, metric: tuple[str, str], value: int, **labels: str) -> None:
         name, text = metric
         if kind not in self._files:
             self._files[kind] = _File(kind, self._instance)
         sample = name + "_total" if kind == COUNTER else name
-        labels = self._labels
+        labels = {**self._labels, **labels}
         key = mmap_key(name, sample, list(labels), list(labels.values()), text)
         self._files[kind].write(key, float(value))
 

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from bmc_core.log import log_once
 from bmc_vllm.config import BMCConfig
 from bmc_vllm.plugin import builtin_platform
+from bmc_vllm.speculative import check as check_speculative
 from bmc_vllm.vllm_0_31 import register_attention_backend
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
             f"scheduler_cls={scheduler.scheduler_cls!r} replaces BMC's scheduler: KV caches grow "
             "block by block",
         )
+    check_speculative(vllm_config)
     speculative = vllm_config.speculative_config
     if speculative is not None and is_bmc(vllm_config.attention_config.backend):
         _hand_down_to_draft(speculative)

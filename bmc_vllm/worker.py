@@ -1,13 +1,17 @@
 """vLLM's CPU worker with a KV pool of its own memory.
 
-Promises that model execution is vLLM's, and that a step waits for no figures. Four hooks:
+Promises that model execution is vLLM's, and that a step waits for no figures. Five hooks:
 
 - ``_maybe_get_memory_pool_context``: vLLM's own place for a worker to bring its allocator for the
   KV cache; gives the pool's mapping instead of zeros that are written;
 - ``initialize_from_config``: learns the pool's size and layout, logs what is in memory and the one
   line that says what runs, and starts to report the pool's memory for ``/metrics``;
-- ``execute_model``: releases the memory of blocks that the scheduler names, before the step;
-- ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine.
+- ``execute_model``: before the step, releases the memory of blocks that the scheduler names, and
+  shortens the block tables from which it took blocks back;
+- ``sample_tokens``: keeps requests with a ``seed`` and a prompt in parts from ending the engine;
+- ``compile_or_warm_up_model``: measures what a step of speculative decoding costs.
+
+With speculative decoding the model runner's drafter is steered and timed (`drafters`).
 """
 
 from __future__ import annotations
@@ -21,9 +25,15 @@ import torch
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from bmc_core import native
+from bmc_core.machine import openmp
 from bmc_vllm.config import AUTO, BMCConfig
+from bmc_vllm.drafters.calibration import in_words, measured_costs
+from bmc_vllm.drafters.clock import StepClock
+from bmc_vllm.drafters.drafting import Drafting
+from bmc_vllm.drafts import TAKEN_BACK
 from bmc_vllm.generators import only_for_kept_tokens
 from bmc_vllm.layout import lost_layout
 from bmc_vllm.memory import KVPoolMemory, gib
@@ -31,6 +41,8 @@ from bmc_vllm.metrics import StatsWriter
 from bmc_vllm.platform import BACKEND_NAME, SCHEDULER_CLASS
 from bmc_vllm.residency import ResidencyMeter
 from bmc_vllm.scheduler import RELEASED_BLOCKS
+from bmc_vllm.spare_rows import shorten_tables
+from bmc_vllm.speculative import check_draft_layers
 from bmc_vllm.startup import attention_layers, groups_in_words, layers_in_words
 
 logger = logging.getLogger("vllm.bmc")
@@ -41,6 +53,7 @@ class BMCWorker(CPUWorker):
 
     _memory: KVPoolMemory | None = None
     _residency: ResidencyMeter | None = None
+    _clock: StepClock | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,8 +70,12 @@ class BMCWorker(CPUWorker):
                 kv_cache_config.kv_cache_tensors[0].size,
                 shared=self._settings.release_free_memory,
             )
+        if self._steers_drafts:
+            check_draft_layers(self.model_runner, kv_cache_config)
         start = time.monotonic()
         super().initialize_from_config(kv_cache_config)
+        if self._steers_drafts:
+            self._clock = StepClock(Drafting(self.model_runner, self._settings))
         if self._memory is not None:
             if self._memory.mapped:
                 self._start_pool(self._memory, kv_cache_config, time.monotonic() - start)
@@ -77,6 +94,9 @@ class BMCWorker(CPUWorker):
             released = getattr(scheduler_output, RELEASED_BLOCKS, None)
             if released:
                 self._memory.release(released)
+        taken_back = getattr(scheduler_output, TAKEN_BACK, None)
+        if taken_back:
+            shorten_tables(self.model_runner, taken_back)
         output = super().execute_model(scheduler_output)
         if self._residency is not None:
             self._residency.changed()
@@ -87,6 +107,19 @@ class BMCWorker(CPUWorker):
             return super().sample_tokens(grammar_output)
         with only_for_kept_tokens(self.model_runner):
             return super().sample_tokens(grammar_output)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        times = super().compile_or_warm_up_model()
+        # With a fixed number of draft tokens nobody asks what they cost.
+        if self._clock is not None and getattr(self._settings, "draft_length", AUTO) == AUTO:
+            self._clock.costs = measured_costs(self.model_runner)
+            if self._clock.costs is not None and self.is_driver_worker:
+                logger.info("BMC: speculation: %s", in_words(self._clock.costs))
+        return times
+
+    @property
+    def _steers_drafts(self) -> bool:
+        return self.vllm_config.speculative_config is not None and not self.use_v2_model_runner
 
     def _start_pool(self, memory: KVPoolMemory, config: KVCacheConfig, seconds: float) -> None:
         memory.set_layout(config)
@@ -113,13 +146,14 @@ class BMCWorker(CPUWorker):
         layers = attention_layers(self.vllm_config.compilation_config.static_forward_context)
         logger.log(
             logging.INFO if BACKEND_NAME in layers else logging.WARNING,
-            "BMC: %s; %s; instruction set %s, dtype %s, block size %d rows, %d threads",
+            "BMC: %s; %s; instruction set %s, dtype %s, block size %d rows, %d threads of %s",
             layers_in_words(layers),
             groups_in_words(kv_cache_config.kv_cache_groups, rows),
             native.isa(),
             str(self.model_config.dtype).removeprefix("torch."),
             block_size,
             torch.get_num_threads(),
+            openmp.serving() or "an unknown OpenMP runtime",
         )
 
     def _log_unusual(self) -> None:

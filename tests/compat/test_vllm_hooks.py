@@ -34,6 +34,7 @@ from vllm.v1.metrics import prometheus
 from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker import utils as worker_utils
+from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -144,6 +145,39 @@ def test_scheduler_steps() -> None:
     output = SchedulerOutput.make_empty()
     output.bmc_released_blocks = [range(1)]  # type: ignore[attr-defined]
     assert output.bmc_released_blocks == [range(1)]  # type: ignore[attr-defined]
+
+
+def test_draft_tokens_come_by_the_scheduler() -> None:
+    """drafts.py: where K is read, drafts are handed over and counted, and requests end; and what
+    the runner does within K tokens of the longest sequence."""
+    assert SchedulerOutput.make_empty().num_spec_tokens_to_schedule == 0
+    assert "self.make_spec_decoding_stats(" in inspect.getsource(Scheduler.update_from_output)
+    assert parameters(Scheduler.make_spec_decoding_stats) == [
+        "self",
+        "spec_decoding_stats",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+        "num_invalid_spec_tokens",
+        "request_id",
+    ]
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.dynamic_sd_lookup is None" in source
+    assert "num_lookahead_tokens=self.num_lookahead_tokens" in source
+    assert "self._preempt_request(" in source
+    assert "self._free_request(" in inspect.getsource(Scheduler.update_from_output)
+    assert "self._free_request(" in inspect.getsource(Scheduler.finish_requests)
+    fits = inspect.getsource(GPUModelRunner._input_fits_in_drafter)
+    assert "common_attn_metadata.max_seq_len + num_drafter_query_tokens" in fits
+
+
+def test_block_tables_only_grow() -> None:
+    """spare_rows.py: what a worker's block table is made of."""
+    source = inspect.getsource(BlockTable.append_row)
+    assert "start = self.num_blocks_per_row[row_idx]" in source
+    assert "self.block_table.np[row_idx, start : start + num_blocks] = block_ids" in source
+    source = inspect.getsource(GPUModelRunner._update_states)
+    assert "zip(req_state.block_ids, new_block_ids)" in source
+    assert "self.input_batch.block_table.append_row(new_block_ids, req_index)" in source
 
 
 def test_generators_of_discarded_tokens() -> None:
@@ -299,3 +333,52 @@ def test_layers_are_in_the_forward_context() -> None:
     assert parameters(AttentionLayerBase.get_kv_cache_spec) == ["self", "vllm_config"]
     assert parameters(CacheConfig.get_resolved_kv_cache_layout) == ["self"]
     assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
+
+
+def test_drafting_steps_are_the_schedulers_choice() -> None:
+    """drafters/drafting.py: the runner asks the drafter through these methods, in this order, and
+    the number of steps comes with the scheduler's output."""
+    assert SchedulerOutput.make_empty().num_spec_tokens_to_schedule == 0
+    assert parameters(GPUModelRunner._input_fits_in_drafter) == ["self", "common_attn_metadata"]
+    assert parameters(GPUModelRunner.propose_draft_token_ids)[1:] == [
+        "scheduler_output",
+        "sampled_token_ids",
+        "sampling_metadata",
+        "hidden_states",
+        "sample_hidden_states",
+        "aux_hidden_states",
+        "spec_decode_metadata",
+        "common_attn_metadata",
+        "slot_mappings",
+    ]
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    order = [
+        "self._input_fits_in_drafter(",
+        "self._draft_token_ids = torch.zeros(",
+        "self._bookkeeping_sync(",
+    ]
+    assert order == sorted(order, key=source.index)
+    source = inspect.getsource(GPUModelRunner.propose_draft_token_ids)
+    assert source.count("scheduler_output.num_spec_tokens_to_schedule") == 1
+
+
+def test_a_draft_models_forward_pass() -> None:
+    """drafters/catch_up.py: what a drafter's first pass is made of."""
+    source = inspect.getsource(SpecDecodeBaseProposer.propose)
+    for call in (
+        "self.build_per_group_and_layer_attn_metadata(",
+        "self._determine_batch_execution_and_padding(",
+        "self.build_model_inputs_first_pass(",
+        "self._get_slot_mapping(",
+        "self.model(**model_kwargs)",
+    ):
+        assert call in source
+    assert "num_computed_tokens_cpu[" in inspect.getsource(GPUModelRunner._update_states)
+
+
+def test_dummy_steps() -> None:
+    """drafters/calibration.py: a step of any number of rows, without requests, and its drafter."""
+    assert {"num_tokens", "force_attention", "skip_eplb"} <= set(
+        parameters(GPUModelRunner._dummy_run)
+    )
+    assert "self.drafter.dummy_run(" in inspect.getsource(GPUModelRunner._dummy_run)

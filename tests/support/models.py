@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from tests.support import draft_heads
 
 VOCAB = 512
 BASE = {
@@ -26,24 +27,6 @@ def _llama(num_kv_heads: int, head_dim: int = 32, **changes: int) -> torch.nn.Mo
 
     config = LlamaConfig(**{**BASE, **changes}, num_key_value_heads=num_kv_heads, head_dim=head_dim)
     return LlamaForCausalLM(config)
-
-
-class _EagleHead(torch.nn.Module):
-    """One layer behind a projection of (embedding, hidden state), with EAGLE's names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        llama = _llama(2, num_hidden_layers=1)
-        self.config = llama.config
-        self.config.architectures = ["LlamaForCausalLM"]
-        self.layers = llama.model.layers
-        del self.layers[0].input_layernorm  # EAGLE's first layer has none
-        size = self.config.hidden_size
-        self.fc = torch.nn.Linear(2 * size, size, bias=False)
-
-    def save_pretrained(self, path: Path) -> None:
-        self.config.save_pretrained(path)
-        save_file(self.state_dict(), path / "model.safetensors", {"format": "pt"})
 
 
 def _mistral_window() -> torch.nn.Module:
@@ -153,12 +136,24 @@ def _lfm2_hybrid() -> torch.nn.Module:
     return Lfm2ForCausalLM(config)
 
 
+def _mimo_mtp() -> torch.nn.Module:
+    """A target that brings a multi-token prediction layer along."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(Qwen2Config(**BASE, num_key_value_heads=2))
+    return draft_heads.WithMTPLayer(model)
+
+
 BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-gqa": lambda: _llama(2),
     "llama-mha": lambda: _llama(4),
     "llama-draft": lambda: _llama(2, num_hidden_layers=1),
     "llama-head512": lambda: _llama(2, head_dim=512),
-    "llama-eagle": _EagleHead,
+    "llama-pard": lambda: _llama(2, num_hidden_layers=1, pard_token=7),
+    "llama-eagle": lambda: draft_heads.Eagle(_llama(2, num_hidden_layers=1)),
+    "llama-eagle3": lambda: draft_heads.Eagle3(_llama(2, num_hidden_layers=1)),
+    "medusa": lambda: draft_heads.Medusa(BASE["hidden_size"], VOCAB),
+    "mimo-mtp": _mimo_mtp,
     "mistral-window": _mistral_window,
     "gemma2": _gemma2,
     "bloom-alibi": _bloom_alibi,

@@ -30,6 +30,11 @@ def test_r_is_rounded_up_where_vllm_made_blocks_larger() -> None:
     assert config.rows(544) == 544
 
 
+def test_draft_length() -> None:
+    assert BMCConfig().draft_length == "auto"
+    assert BMCConfig.from_dict({"draft_length": "fixed"}).draft_length == "fixed"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -39,8 +44,10 @@ def test_r_is_rounded_up_where_vllm_made_blocks_larger() -> None:
         ({"r": None}, "None: expected"),
         ({"r": 64.0}, "64.0: expected"),
         ({"r": True}, "True: expected"),
-        ({"rows": 64}, "unknown keys rows; allowed: r, release_free_memory"),
+        ({"rows": 64}, "unknown keys rows; allowed: r, release_free_memory, draft_length"),
         ({"release_free_memory": 1}, "=1: expected true or false"),
+        ({"draft_length": 4}, r"\['draft_length'\]=4: expected 'auto' .*default.* or 'fixed'"),
+        ({"draft_length": None}, "=None: expected 'auto'"),
         (64, "=64: expected a dict with the keys r"),
     ],
 )

@@ -44,6 +44,16 @@ def test_a_request_grows_behind_its_last_block() -> None:
     assert pool.free_block_queue.growths == 3
 
 
+def test_free_blocks_behind_a_block_end_with_its_chunk() -> None:
+    pool = pool_of(3)
+    queue = pool.free_block_queue
+    take(pool, 2, "a", room=8)
+    assert queue.free_behind(2) == range(3, 5), "not the chunk that is kept for the rest"
+    pool.free_block_queue.remove(pool.blocks[4])
+    assert queue.free_behind(2) == range(3, 4)
+    assert len(queue.free_behind(4)) == 0
+
+
 def test_the_rest_of_a_prompt_is_kept() -> None:
     pool = pool_of(6)
     queue = pool.free_block_queue

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from bmc_vllm import metrics
+from bmc_vllm.drafts import DraftStats
 from bmc_vllm.kv_cache_manager import GrowthStats
 from bmc_vllm.metrics import FOLDER, StatsWriter
 
@@ -29,15 +31,15 @@ def config(instance: str, engine: int = 0, model: str = "m") -> SimpleNamespace:
 
 
 def figures(collector) -> Figures:
-    """(metric, engine) -> value."""
+    """(metric, engine) -> value; a metric with the label k has it in its name."""
     registry = CollectorRegistry()
     registry.register(collector)
     assert b"pid=" not in generate_latest(registry)
-    return {
-        (sample.name, sample.labels["engine"]): sample.value
-        for family in registry.collect()
-        for sample in family.samples
-    }
+    found = {}
+    for sample in chain.from_iterable(family.samples for family in registry.collect()):
+        k = f" k={sample.labels['k']}" if "k" in sample.labels else ""
+        found[sample.name + k, sample.labels["engine"]] = sample.value
+    return found
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -71,6 +73,20 @@ def test_what_is_written_is_collected(collected: Callable[[], Figures]) -> None:
         ("bmc:kv_rows_spare", "1"): 40,
         ("bmc:kv_pool_bytes", "1"): 2000,
         ("bmc:kv_pool_resident_bytes", "1"): 201,
+    }
+
+
+def test_counters_of_drafts(collected: Callable[[], Figures]) -> None:
+    writer = StatsWriter(config("a"))
+    writer.write_drafts(DraftStats(9, 7, 2, 1, (4, 0, 3)))
+    assert collected() == {
+        ("bmc:spec_decode_rows_offered_total", "0"): 9,
+        ("bmc:spec_decode_rows_used_total", "0"): 7,
+        ("bmc:spec_decode_growths_total", "0"): 2,
+        ("bmc:spec_decode_parked_steps_total", "0"): 1,
+        ("bmc:spec_decode_lengths_total k=0", "0"): 4,
+        ("bmc:spec_decode_lengths_total k=1", "0"): 0,
+        ("bmc:spec_decode_lengths_total k=2", "0"): 3,
     }
 
 

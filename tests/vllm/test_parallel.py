@@ -48,6 +48,7 @@ def expected(model_dir: ModelStore) -> list[list[int]]:
         return generate(llm, prompts_of(LENGTHS))
 
 
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 3}
 EAGER = {"enforce_eager": True}
 # vLLM 0.32 makes the buffers of a pipeline's second stage where it warms a compiled model up:
 # eager pipelines end at the first step, with CPU_ATTN as well.
@@ -58,10 +59,11 @@ TRACED = {"compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"
     ("settings", "start_lines"),
     [
         ({"tensor_parallel_size": 2, **EAGER}, 1),
+        ({"tensor_parallel_size": 2, "speculative_config": DRAFT, **EAGER}, 1),
         ({"pipeline_parallel_size": 2, **TRACED}, 2),
         ({"data_parallel_size": 2, **EAGER}, 2),
     ],
-    ids=["workers", "stages", "engines"],
+    ids=["workers", "workers-draft", "stages", "engines"],
 )
 def test_two(
     model_dir: ModelStore,
@@ -71,6 +73,9 @@ def test_two(
     start_lines: int,
 ) -> None:
     """One worker a core; each engine and each stage says once what runs."""
+    if "speculative_config" in settings:
+        draft = {**settings["speculative_config"], "model": model_dir("llama-draft")}
+        settings = {**settings, "speculative_config": draft}
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     prompts = json.dumps(prompts_of(LENGTHS))
@@ -92,3 +97,4 @@ def test_two(
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     assert json.loads(line.removeprefix("RESULT ")) == expected
     assert log.count("BMC: attention backend BMC") == start_lines
+    assert log.count("BMC: speculation: a step of 1 row") == ("speculative_config" in settings)

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bmc_vllm.drafters.clock import STEP_COSTS
 from tests.support.engines import engine, flush, generate, scheduler, worker
 from tests.support.models import ModelStore
+from tests.support.steering import Steering
 
 # Repetitive, so that the n-gram proposer finds something to propose.
 PROMPTS = [[1, 2, 3, 4] * 10, list(range(5, 45)) * 2, [7]]
@@ -107,6 +110,44 @@ def test_draft_model(
     lost = [line for line in vllm_log if "the KV pool's layout is" in line]
     assert len(lost) == (loss is not None)
     assert all(loss in line for line in lost)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "draft", "settings"),
+    [
+        ("eagle3", "llama-gqa", "llama-eagle3", {}),
+        ("mtp", "mimo-mtp", None, {}),
+        ("medusa", "llama-gqa", "medusa", {}),
+        ("draft_model", "llama-gqa", "llama-pard", {"parallel_drafting": True}),
+    ],
+    ids=["eagle3", "mtp", "medusa", "pard"],
+)
+def test_methods(
+    model_dir: ModelStore,
+    expected: list[list[int]],
+    method: str,
+    target: str,
+    draft: str | None,
+    settings: dict[str, Any],
+) -> None:
+    """Any number of drafting steps that the scheduler asks for, none included; methods with a
+    fixed one keep it."""
+    if target != "llama-gqa":
+        with engine(model_dir(target), "CPU_ATTN") as llm:
+            expected = generate(llm, PROMPTS)
+    speculative = {"method": method, "num_speculative_tokens": 3, **settings}
+    if draft is not None:
+        speculative["model"] = model_dir(draft)
+    with engine(model_dir(target), "BMC", speculative_config=speculative) as llm:
+        steering = Steering(llm, lambda step: (3, 1, 0, 2)[step % 4])
+        assert generate(llm, PROMPTS) == expected
+        flush(llm)
+        assert worker(llm)._clock.costs is None, "sent with the first output"
+    verified = {drafted for _, _, drafted, _ in steering.drafts}
+    fixed = method == "medusa" or settings
+    assert max(verified) == 3
+    assert fixed or {1, 2} <= verified
+    assert hasattr(steering.outputs[0], STEP_COSTS)
 
 
 def test_eagle_head(model_dir: ModelStore, expected: list[list[int]]) -> None:
