@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bmc_vllm.drafters.clock import STEP_COSTS
+from bmc_vllm.drafters.calibration import measured_costs
 from tests.support.engines import engine, flush, generate, scheduler, worker
 from tests.support.models import ModelStore
 from tests.support.steering import Steering
@@ -138,16 +138,21 @@ def test_methods(
     speculative = {"method": method, "num_speculative_tokens": 3, **settings}
     if draft is not None:
         speculative["model"] = model_dir(draft)
-    with engine(model_dir(target), "BMC", speculative_config=speculative) as llm:
+    fixed_length = {"bmc": {"draft_length": "fixed"}}
+    with engine(
+        model_dir(target), "BMC", speculative_config=speculative, additional_config=fixed_length
+    ) as llm:
+        costs = measured_costs(worker(llm).model_runner)
+        assert costs is not None
+        assert costs.draft
+        assert all(seconds > 0 for _, seconds in costs.draft)
         steering = Steering(llm, lambda step: (3, 1, 0, 2)[step % 4])
         assert generate(llm, PROMPTS) == expected
         flush(llm)
-        assert worker(llm)._clock.costs is None, "sent with the first output"
     verified = {drafted for _, _, drafted, _ in steering.drafts}
     fixed = method == "medusa" or settings
     assert max(verified) == 3
     assert fixed or {1, 2} <= verified
-    assert hasattr(steering.outputs[0], STEP_COSTS)
 
 
 def test_eagle_head(model_dir: ModelStore, expected: list[list[int]]) -> None:
