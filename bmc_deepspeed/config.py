@@ -27,12 +27,16 @@ class BMCPolicyConfig(DeepSpeedConfigModel):
             the growing cache; None takes the kernel where model and device allow it.
         pack_linears: also pack the weights of the model's linear layers for faster decoding.
             Layers that tensor parallelism has split stay as DeepSpeed made them.
+        speculate: "auto": the number of draft tokens is decided before each step, "fixed": it is
+            what ``generate`` is told; None: speculation is transformers' own. See
+            ``bmc_transformers.enable``.
     """
 
     r: Rows | Literal["auto"] | None = None
     T: Rows | None = None
     attention: Literal["bmc", "stock"] | None = None
     pack_linears: Annotated[bool, Field(strict=True)] = False
+    speculate: Literal["auto", "fixed"] | None = None
 
     def __init__(self, strict: bool = True, **data: Any) -> None:
         # DeepSpeed drops every "auto" unless told otherwise. Here it is a value: dropping it would

@@ -62,12 +62,19 @@ class BMCInjectionPolicy(DSPolicy):
             ValueError: a model or a setting that it cannot do. The cache stays transformers'.
         """
         settings = self.config
+        processes = max(getattr(part, "tp_world_size", 1) for part in module.modules())
+        if settings.speculate == "auto" and processes > 1:
+            raise ValueError(
+                f"kv_policy='bmc': speculate=\"auto\" with a model that is split over {processes} "
+                'processes: each would choose by its own clock; allowed: "fixed" and None'
+            )
         try:
             return bmc_transformers.enable(
                 module,
                 settings.policy(),
                 attention=settings.attention,
                 pack_linears=settings.pack_linears,
+                speculate=settings.speculate,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"kv_policy='bmc': {error}") from error

@@ -5,14 +5,17 @@ Importing it changes nothing in transformers; `enable` and `register_attention` 
 
 from bmc_transformers.attention import register_attention
 from bmc_transformers.cache import BMCCache
-from bmc_transformers.generation import disable, enable, is_enabled
+from bmc_transformers.generation import disable, enable, is_enabled, speculation_stats
+from bmc_transformers.speculation import SpeculationStats
 from bmc_transformers.stats import CacheStats
 
 __all__ = [
     "BMCCache",
     "CacheStats",
+    "SpeculationStats",
     "disable",
     "enable",
     "is_enabled",
     "register_attention",
+    "speculation_stats",
 ]

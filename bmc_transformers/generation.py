@@ -1,8 +1,9 @@
 """`enable` and `disable`: every `generate` of a model uses a BMCCache, and no longer does.
 
-`enable` puts two methods on the model object, not on its class: `_prepare_cache_for_generation`, so
-that the cache which `generate` would make is a BMCCache, and `generate`, so that an assistant model
-given to it gets one too. `disable` takes away exactly what `enable` put there.
+`enable` puts three methods on the model object, not on its class: `_prepare_cache_for_generation`,
+so that the cache which `generate` would make is a BMCCache, `generate`, so that an assistant model
+given to it gets one too, and `_get_candidate_generator`, so that speculation is ours where it is
+asked for. `disable` takes away exactly what `enable` put there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,21 @@ from bmc_transformers import attention as bmc_attention
 from bmc_transformers import linears
 from bmc_transformers.auto_policy import policy_for
 from bmc_transformers.cache import BMCCache, PolicyLike, unsupported_layer_types
+from bmc_transformers.implementations import (
+    Implementations,
+    for_decoder,
+    implementations,
+    restore,
+)
+from bmc_transformers.speculation import Speculation, SpeculationStats
+from bmc_transformers.speculation.calls import (
+    Call,
+    candidate_generator,
+    current_call,
+    running,
+    with_lookup,
+)
+from bmc_transformers.speculation.settings import Speculate
 
 logger = logging.getLogger("bmc_transformers")
 
@@ -44,8 +60,9 @@ class _Enabled:
 
     policy: GrowthPolicy
     attention: Attention
+    speculation: Speculation | None = None
     previous_methods: dict[str, Any] = field(default_factory=dict)
-    previous_attention: list[tuple[Any, Any]] = field(default_factory=list)
+    previous_attention: Implementations = field(default_factory=list)
 
 
 def enable(
@@ -54,6 +71,7 @@ def enable(
     *,
     attention: Attention | None = None,
     pack_linears: bool = False,
+    speculate: Speculate | None = None,
 ) -> Model:
     """Makes every `generate` of this model use a BMCCache; called again, it changes the settings.
 
@@ -67,6 +85,11 @@ def enable(
         attention: "bmc": the native kernel, CPU only. "stock": the model's attention stays as it
             is. None: "bmc" where model and device allow it.
         pack_linears: also pack the weights of linear layers for oneDNN (see `linears`).
+        speculate: "auto": before each step it is decided how many draft tokens pay, 0 among them,
+            up to the assistant's `num_assistant_tokens` or `prompt_lookup_num_tokens`; greedy
+            search for one sequence looks drafts up in the text where `generate` is told neither.
+            "fixed": always as many as `generate` is told. None: speculation is transformers' own,
+            over the BMCCache. The text is the model's own in any case.
 
     Returns:
         The model.
@@ -79,11 +102,15 @@ def enable(
         After these and any other error the model is as before, an earlier `enable` included.
     """
     _check_model(model)
-    settings = _Enabled(BMCPolicy.parse(policy), _choose_attention(model, attention))
+    settings = _Enabled(
+        BMCPolicy.parse(policy),
+        _choose_attention(model, attention),
+        _choose_speculation(model, speculate),
+    )
     if not isinstance(pack_linears, bool):
         raise TypeError(f"pack_linears={pack_linears!r}: allowed are True and False")
     before = vars(model).get(_STATE)
-    implementations = _implementations(model)
+    implementations_before = implementations(model)
     was_packed = any(type(module) is linears.PackedLinear for module in model.modules())
     if before is None:
         _put_methods(model, settings)
@@ -99,7 +126,7 @@ def enable(
             disable(model)
         else:
             vars(model)[_STATE] = before
-            for config, implementation in implementations:
+            for config, implementation in implementations_before:
                 config._attn_implementation_internal = implementation
             _set_linears(model, was_packed)
         raise
@@ -136,6 +163,16 @@ def is_enabled(model: torch.nn.Module) -> bool:
     """
     _check_module(model)
     return _STATE in vars(model)
+
+
+def speculation_stats(model: torch.nn.Module) -> SpeculationStats | None:
+    """What speculation did since `enable(model, speculate=...)`; None: it was not asked for.
+
+    Raises:
+        TypeError: not a model at all.
+    """
+    settings = vars(model)[_STATE] if is_enabled(model) else None
+    return None if settings is None or settings.speculation is None else settings.speculation.stats
 
 
 def _check_module(model: Any) -> None:
@@ -180,10 +217,21 @@ def _choose_attention(model: PreTrainedModel, attention: str | None) -> Attentio
     return "stock"
 
 
+def _choose_speculation(model: PreTrainedModel, speculate: Any) -> Speculation | None:
+    processes = getattr(model, "_tp_size", None) or 1
+    if speculate == "auto" and processes > 1:
+        raise ValueError(
+            f'speculate="auto" with a model that is split over {processes} processes: each would '
+            'choose by its own clock; allowed: "fixed" and None'
+        )
+    return None if speculate is None else Speculation(speculate)
+
+
 def _put_methods(model: PreTrainedModel, settings: _Enabled) -> None:
     for name, function in (
         ("_prepare_cache_for_generation", _prepare_cache_for_generation),
         ("generate", _generate),
+        ("_get_candidate_generator", _get_candidate_generator),
     ):
         settings.previous_methods[name] = vars(model).get(name)
         # A bound method, so that a deep copy of the model is bound to the copy.
@@ -216,25 +264,53 @@ def _prepare_cache_for_generation(
     ):
         return result
     settings = vars(self)[_STATE]
-    assistant = bool(generation_config.is_assistant)
+    assistant, call = bool(generation_config.is_assistant), current_call()
     # An assistant is asked for a few tokens at a time; how far it will get, it is not told.
     known = not assistant or getattr(settings.policy, "needs_limit", False)
-    max_length = max_cache_length if known else None
     beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    policy = policy_for(
+    cache = _new_cache(
         self,
-        settings.policy,
         batch_size=batch_size * beams,
         prompt_rows=_prompt_rows(model_kwargs, generation_config),
-        total_rows=max_length,
-        native=settings.attention == "bmc",
-        draft_tokens=generation_config.prompt_lookup_num_tokens or 0,
+        max_length=max_cache_length if known else None,
+        draft_tokens=generation_config.prompt_lookup_num_tokens
+        or (0 if assistant or call is None else call.draft_tokens),
     )
-    cache = BMCCache(self.config, policy, max_length=max_length)
     if assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
     return result
+
+
+def _new_cache(
+    model: PreTrainedModel,
+    *,
+    batch_size: int,
+    prompt_rows: int,
+    max_length: int | None,
+    draft_tokens: int,
+) -> BMCCache:
+    """An empty cache by the settings of an enabled model."""
+    settings = vars(model)[_STATE]
+    policy = policy_for(
+        model,
+        settings.policy,
+        batch_size=batch_size,
+        prompt_rows=prompt_rows,
+        total_rows=max_length,
+        native=settings.attention == "bmc",
+        draft_tokens=draft_tokens,
+    )
+    return BMCCache(model.config, policy, max_length=max_length)
+
+
+def _draft_cache(assistant: PreTrainedModel, prompt_rows: int, max_length: int) -> BMCCache | None:
+    """A cache for the assistant of a call; None: it was not enabled for it."""
+    if not is_enabled(assistant):
+        return None
+    return _new_cache(
+        assistant, batch_size=1, prompt_rows=prompt_rows, max_length=max_length, draft_tokens=0
+    )
 
 
 def _prompt_rows(model_kwargs: dict[str, Any], generation_config: Any) -> int:
@@ -248,19 +324,62 @@ def _prompt_rows(model_kwargs: dict[str, Any], generation_config: Any) -> int:
 
 @functools.wraps(GenerationMixin.generate)
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    settings = vars(self)[_STATE]
     assistant = kwargs.get("assistant_model")
     if assistant is None and len(args) > _ASSISTANT_POSITION:
         assistant = args[_ASSISTANT_POSITION]
-    with _assistant_enabled(assistant, vars(self)[_STATE]):
-        return _previous(self, "generate")(*args, **kwargs)
+    _check_assistant(assistant)
+    generate = _previous(self, "generate")
+    with _assistant_enabled(assistant, settings), running(Call(assistant)):
+        if settings.speculation is not None and settings.speculation.setting == "auto":
+            arguments = with_lookup(self, args, kwargs)
+            if arguments is not None:
+                return generate(**arguments)
+        return generate(*args, **kwargs)
+
+
+def _get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    stock = _previous(self, "_get_candidate_generator")
+    speculation = vars(self)[_STATE].speculation
+    if speculation is None:
+        return stock(*args, **kwargs)
+    return candidate_generator(self, speculation, stock, args, kwargs, _draft_cache)
+
+
+def _check_assistant(assistant: Any) -> None:
+    """A wrapper around a model, such as DeepSpeed's engine, has no cache to be served."""
+    inside = getattr(assistant, "module", None)
+    if not isinstance(assistant, PreTrainedModel) and isinstance(inside, PreTrainedModel):
+        raise TypeError(
+            f"assistant_model is a {type(assistant).__name__}; allowed: the model in it, its "
+            "attribute module (engine.module)"
+        )
 
 
 @contextmanager
 def _assistant_enabled(assistant: Any, settings: _Enabled) -> Iterator[None]:
-    """The assistant has the model's settings while `generate` runs, if it can and has none."""
-    if not isinstance(assistant, PreTrainedModel) or is_enabled(assistant):
+    """The assistant has the model's settings while `generate` runs, if it can and has none.
+
+    With speculation of ours it also keeps its number of draft tokens, which transformers' own
+    schedules write back.
+    """
+    if not isinstance(assistant, PreTrainedModel):
         yield
         return
+    tokens = assistant.generation_config.num_assistant_tokens
+    was_enabled = is_enabled(assistant)
+    if not was_enabled:
+        _try_to_enable(assistant, settings)
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            disable(assistant)
+        if settings.speculation is not None:
+            assistant.generation_config.num_assistant_tokens = tokens
+
+
+def _try_to_enable(assistant: PreTrainedModel, settings: _Enabled) -> None:
     try:
         enable(
             assistant,
@@ -269,10 +388,6 @@ def _assistant_enabled(assistant: Any, settings: _Enabled) -> Iterator[None]:
         )
     except (TypeError, ValueError) as error:
         log_once(logger, f"bmc_transformers: the assistant keeps its own cache: {error}")
-    try:
-        yield
-    finally:
-        disable(assistant)
 
 
 def _set_attention(model: PreTrainedModel, settings: _Enabled) -> None:
@@ -281,8 +396,8 @@ def _set_attention(model: PreTrainedModel, settings: _Enabled) -> None:
         return
     bmc_attention.register_attention()
     if not settings.previous_attention:
-        settings.previous_attention = _implementations(model)
-    model.set_attn_implementation(_for_decoder(model, bmc_attention.NAME))
+        settings.previous_attention = implementations(model)
+    model.set_attn_implementation(for_decoder(model, bmc_attention.NAME))
 
 
 def _set_linears(model: PreTrainedModel, pack: bool) -> None:
@@ -292,32 +407,6 @@ def _set_linears(model: PreTrainedModel, pack: bool) -> None:
         linears.unpack_linears(model)
 
 
-def _for_decoder(model: PreTrainedModel, name: str) -> str | dict[str, str]:
-    """An attention implementation for the decoder of a model that may have other parts."""
-    decoder = model.config.get_text_config(decoder=True)
-    for key in model.config.sub_configs:
-        if getattr(model.config, key, None) is decoder:
-            return {"": model.config._attn_implementation, key: name}
-    return name
-
-
 def _restore_attention(settings: _Enabled) -> None:
-    for config, implementation in settings.previous_attention:
-        # What the user has chosen since then stays.
-        if config._attn_implementation == bmc_attention.NAME:
-            config._attn_implementation_internal = implementation
+    restore(settings.previous_attention, instead_of=bmc_attention.NAME)
     settings.previous_attention = []
-
-
-def _implementations(model: PreTrainedModel) -> list[tuple[Any, Any]]:
-    """Every config of the model and its parts, once, and its attention implementation."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    for key in model.config.sub_configs:
-        config = getattr(model.config, key, None)
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return [(config, config._attn_implementation_internal) for config in found.values()]

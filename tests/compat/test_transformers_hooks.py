@@ -5,14 +5,27 @@ One test per hook: when it moves, the test that fails says which file of `bmc_tr
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers import masking_utils as masks
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.generation import GenerationMode
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
 from transformers.masking_utils import (
     AttentionMaskInterface,
     create_causal_mask,
@@ -61,6 +74,99 @@ def test_generate_takes_the_assistant_by_this_name() -> None:
     """generation.py looks `assistant_model` up, also by position."""
     bound = inspect.signature(GenerationMixin.generate).bind(None, *range(_ASSISTANT_POSITION + 1))
     assert bound.arguments["assistant_model"] == _ASSISTANT_POSITION
+
+
+def test_candidates_come_from_a_generator_that_is_made_once(model) -> None:
+    """speculation/calls.py: asked of the instance, with these arguments by name."""
+    seen: list[dict[str, Any]] = []
+    stock = model._get_candidate_generator
+
+    def spy(**arguments: Any) -> Any:
+        seen.append(arguments)
+        return stock(**arguments)
+
+    model._get_candidate_generator = spy
+    model.generate(PROMPT, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=3)
+    assert len(seen) == 1
+    assert {
+        "generation_config", "input_ids", "assistant_model", "logits_processor", "model_kwargs",
+    } <= set(seen[0])  # fmt: skip
+    assert seen[0]["generation_config"]._eos_token_tensor is None
+    assert seen[0]["generation_config"].max_length == 12
+
+
+def made_generator(model, **arguments: Any) -> Any:
+    made: list[Any] = []
+    stock = model._get_candidate_generator
+    model._get_candidate_generator = lambda **given: made.append(stock(**given)) or made[0]
+    model.generate(PROMPT, max_new_tokens=4, do_sample=False, **arguments)
+    return made[0]
+
+
+def test_candidate_generators_tell_what_they_were_told(model) -> None:
+    """speculation/calls.py puts ours in place of exactly these two, and reads these attributes."""
+    lookup = made_generator(copy.deepcopy(model), prompt_lookup_num_tokens=3)
+    assert type(lookup) is PromptLookupCandidateGenerator
+    assert lookup.num_output_tokens == 3
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 7
+    drafts = made_generator(copy.deepcopy(model), assistant_model=assistant)
+    assert type(drafts) is AssistedCandidateGenerator
+    assert (drafts.assistant_model, drafts.num_assistant_tokens) == (assistant, 7)
+    assert 0 <= drafts.assistant_confidence_threshold <= 1
+    defaults = GenerationConfig._get_default_generation_params()
+    assert defaults["num_assistant_tokens"] == 20
+
+
+class Scripted(CandidateGenerator):
+    """Always the same two tokens, without logits; remembers what it is told."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.told: list[tuple[int, int, int]] = []
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if input_ids.shape[1] > 14:
+            return input_ids, None
+        return torch.cat((input_ids, input_ids.new_tensor([[5, 6]])), dim=1), None
+
+    def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: Any) -> None:
+        self.told.append((input_ids.shape[1], int(num_matches), self.cache.get_seq_length()))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_generator_of_our_own_is_asked_and_told(model, do_sample: bool) -> None:
+    """speculation/steering.py: each round, candidates or none; then the matches, when rejected rows
+    are gone. Drafts without logits are verified by tokens that the model itself chooses."""
+    made: list[Scripted] = []
+
+    def generator(**given: Any) -> Scripted:
+        made.append(Scripted(given["model_kwargs"]["past_key_values"]))
+        return made[0]
+
+    model._get_candidate_generator = generator
+    arguments = {"max_new_tokens": 12, "do_sample": do_sample}
+    torch.manual_seed(0)
+    output = model.generate(PROMPT, prompt_lookup_num_tokens=3, **arguments)
+    lengths = [length for length, _, _ in made[0].told]
+    assert lengths[-1] == output.shape[1] == 20
+    before = 8
+    for length, matches, rows in made[0].told:
+        assert length == before + matches + 1
+        assert rows == length - 1
+        before = length
+
+
+def test_the_settings_of_a_call_can_be_asked_before_it(model) -> None:
+    """speculation/calls.py: what `generate` will do, from its arguments."""
+    given = GenerationConfig(max_new_tokens=5)
+    before = given.to_dict()
+    config, inputs = model._prepare_generation_config(given, input_ids=PROMPT)
+    assert config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+    assert set(inputs) == {"input_ids"}
+    assert given.to_dict() == before
+    config, _ = model._prepare_generation_config(None, do_sample=True, prompt_lookup_num_tokens=2)
+    assert config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION
 
 
 def test_assistants_reject_tokens_by_crop(model, monkeypatch: pytest.MonkeyPatch) -> None:

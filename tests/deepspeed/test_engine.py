@@ -12,6 +12,7 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import bmc_transformers
+from bmc_deepspeed import BMCInjectionPolicy, BMCPolicyConfig
 from tests.support import tiny_decoders
 
 pytestmark = pytest.mark.engine
@@ -76,6 +77,38 @@ def test_engine_itself_is_no_assistant(settings: dict[str, Any]) -> None:
     assistant = engine_of("llama-gqa", seed=1, **settings)
     with pytest.raises(AttributeError, match="InferenceEngine"):
         model.generate(tiny_decoders.prompts(1, 20), assistant_model=assistant, **GREEDY)
+
+
+def test_an_engine_as_assistant_is_refused_by_name() -> None:
+    engine = engine_of("llama-gqa", **BMC)
+    with pytest.raises(TypeError, match="assistant_model is a InferenceEngine; allowed: .*module"):
+        engine.generate(tiny_decoders.prompts(1, 20), assistant_model=engine, **GREEDY)
+
+
+@pytest.mark.parametrize("speculate", ["auto", "fixed"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+def test_speculation_gives_the_same_tokens(name: str, speculate: str) -> None:
+    request = REQUESTS["prompt lookup"]
+    stock = engine_of(name).generate(input_ids=request["input_ids"], **GREEDY)
+    engine = engine_of(name, kv_policy="bmc", kv_policy_config={"r": 16, "speculate": speculate})
+    assert torch.equal(engine.generate(**request, **GREEDY), stock)
+    stats = bmc_transformers.speculation_stats(engine.module)
+    before = stats.rounds
+    assert stats.draft_tokens > 0
+    assistant = engine_of(name, **BMC).module
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    found = engine.generate(request["input_ids"], assistant_model=assistant, **GREEDY)
+    assert torch.equal(found, stock)
+    assert stats.rounds > before
+
+
+def test_split_models_do_not_choose_lengths_by_the_clock() -> None:
+    settings = BMCPolicyConfig(r=16, speculate="auto")
+    model = tiny_decoders.make("llama-gqa")
+    model.lm_head.tp_world_size = 2  # as DeepSpeed's split layers have it
+    with pytest.raises(ValueError, match='speculate="auto" with a model .* over 2 processes'):
+        BMCInjectionPolicy(settings).apply(model)
+    BMCInjectionPolicy(BMCPolicyConfig(r=16, speculate="fixed")).apply(model)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gptj"])
