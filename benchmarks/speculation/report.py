@@ -103,7 +103,7 @@ COLUMNS = (
 def _table(case: Case, rows: list[Row], report: Report) -> Table:
     shape = case.pair.shape
     epsilon = report.epsilons.get(case.name)
-    runtimes = sorted({name for row in rows for name in row.openmp})
+    runtimes = sorted({row.openmp for row in rows})
     source = (
         f"draft of {case.pair.draft_layers} layers" if case.pair.method == "draft" else "n-gram"
     )

@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     Attributes:
         length: draft tokens of a step, or how they are chosen.
-        openmp: runtimes in the process.
+        openmp: runtime that serves parallel regions.
         timing: milliseconds per token, of all requests together.
         acceptance: share of draft tokens right, of those up to the first wrong one.
         matched: share of a request's steps that had draft tokens.
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     peer: bool
     length: Length
     threads: int
-    openmp: tuple[str, ...]
+    openmp: str
     timing: Timing
     acceptance: float
     matched: float
@@ -93,7 +93,7 @@ def rows_of(
                 one.speculator.peer,
                 one.length,
                 one.speculator.threads,
-                tuple(one.speculator.openmp),
+                one.speculator.openmp,
                 timings[one.key],
                 _share(found, "accepted", "examined"),
                 _share(found, "drafted_for", "steps") / case.batch,

@@ -118,7 +118,7 @@ class Speculator(ABC):
         peer: whether it is what BMC is compared with.
         mode: `NONE`, `FIXED`, `DEFAULT` or `AUTO`.
         process: "" where it works in this process, else a name for its own.
-        threads, openmp: that it works with, once it is started; OpenMP runtimes by file name.
+        threads, openmp: that it works with, once it is started; the OpenMP runtime by file name.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Speculator(ABC):
     mode: str
     process: str = ""
     threads: int = 0
-    openmp: Sequence[str] = ()
+    openmp: str = ""
 
     @abstractmethod
     def start(self, setup: Setup) -> None:

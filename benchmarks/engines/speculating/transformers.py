@@ -144,7 +144,8 @@ class HuggingFace(Speculator):
         self._prepare = module._prepare_cache_for_generation
         module._prepare_cache_for_generation = MethodType(functools.partial(_filled, self), module)
         module.prepare_inputs_for_generation = _sliced(module.prepare_inputs_for_generation)
-        self.threads, self.openmp = torch.get_num_threads(), openmp.runtimes()
+        self.threads = torch.get_num_threads()
+        self.openmp = openmp.serving() or ", ".join(openmp.runtimes())
 
     @property
     def _module(self) -> Any:

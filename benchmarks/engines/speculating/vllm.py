@@ -71,7 +71,7 @@ class VLLM(Speculator):
             speculative=self._speculative(setup),
             additional=self._additional(),
         )
-        self.threads, self.openmp = answer["threads"], tuple(answer["openmp"])
+        self.threads, self.openmp = answer["threads"], answer["openmp"]
         if answer["backends"] != [self.title]:
             raise WorkerError(
                 f"{self.process}: its layers attend with {', '.join(answer['backends'])}; "

@@ -110,7 +110,7 @@ class Worker:
         layers = [layer for layer in context.values() if hasattr(layer, "impl")]
         return {
             "threads": torch.get_num_threads(),
-            "openmp": openmp.runtimes(),
+            "openmp": openmp.serving() or ", ".join(openmp.runtimes()),
             "backends": sorted({layer.attn_backend.get_name() for layer in layers}),
         }
 

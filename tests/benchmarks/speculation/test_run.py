@@ -41,7 +41,7 @@ class Played(Speculator):
     asked: ClassVar[list[tuple[str, str, str]]] = []
     wrong_output = ""
     threads = 2
-    openmp = ("libgomp.so.1",)
+    openmp = "libgomp.so.1"
 
     def __init__(self, name: str, mode: str, *, bind: str, openmp: str) -> None:
         assert (bind, openmp) == ("0-1", "libgomp")
@@ -162,7 +162,7 @@ def test_document_table_and_picture(
     (judged,) = [goal for goal in document["goals"] if goal["system"] == "controller"]
     assert judged["met"] is True
     auto = document["rows"][-1]
-    assert (auto["length"], auto["openmp"], auto["model"]) == ("auto", ("libgomp.so.1",), "tiny")
+    assert (auto["length"], auto["openmp"], auto["model"]) == ("auto", "libgomp.so.1", "tiny")
     assert json.dumps(document["settings"])
     console = Console(width=180)
     with console.capture() as shown:
