@@ -1,11 +1,13 @@
 """The pair of a target and its draft: acceptance follows epsilon, and the text is known."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.lib.ceilings import threads_set
 from benchmarks.lib.chain import (
     ChainLlama,
     agreement,
@@ -17,6 +19,13 @@ from benchmarks.lib.chain import (
 from benchmarks.lib.llama import TINY, LlamaShape
 
 SHAPE = replace(TINY, layers=4, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Several would wait for each other longer than they compute."""
+    with threads_set(1):
+        yield
 
 
 def chain(epsilon: float, shape: LlamaShape = SHAPE) -> ChainLlama:
