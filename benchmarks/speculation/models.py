@@ -1,6 +1,6 @@
 """The folders and prompts of a case's target and draft.
 
-Promises that a model is written once for all cases that share it, and that the epsilon of a pair is
+Promises that the models of one pair of a run are held at a time, and that the epsilon of a pair is
 found once. Knows nothing of systems.
 """
 
@@ -36,7 +36,9 @@ class Models:
         self._stack.close()
 
     def setup(self, cases: Sequence[Case]) -> Setup:
-        """For cases of one pair."""
+        """For cases of one pair; what was made for others before is gone."""
+        self._stack.close()
+        gc.collect()
         pair = cases[0].pair
         widest = (max(getattr(case, name) for case in cases) for name in ("batch", "rows", "new"))
         batch, rows, new = widest

@@ -87,6 +87,7 @@ def show(report: Report, console: Console, with_goals: bool = False) -> None:
 
 COLUMNS = (
     "tokens/s",
+    "best turn",
     "spread",
     "faster",
     "at most",
@@ -125,6 +126,7 @@ def _table(case: Case, rows: list[Row], report: Report) -> Table:
             row.title if row.system != before else "",
             str(row.length),
             f"{row.tokens_per_second:.1f}",
+            f"{1e3 / row.timing.best:.1f}",
             percent(spread_of(row.timing)),
             _times(row.over_none),
             _times(row.bound),

@@ -22,6 +22,7 @@ from benchmarks.engines.speculating.base import (
     FIXED,
     NONE,
     Contender,
+    Length,
     Setup,
     Speculator,
     take_turns,
@@ -116,6 +117,16 @@ def _group(case: Case) -> tuple[object, ...]:
     return case.pair, tuple(name for name, _ in case.systems)
 
 
+def _lengths(case: Case) -> list[tuple[str, Length]]:
+    """Every system of the case with every draft length that it is tried with."""
+    return [(name, length) for name, lengths in case.systems for length in lengths]
+
+
+def _mode(length: Length) -> str:
+    """Of the speculator that serves it."""
+    return length if isinstance(length, str) else FIXED
+
+
 class _Session:
     """The loop over groups of cases."""
 
@@ -150,6 +161,8 @@ class _Session:
     def _measure(self, cases: Sequence[Case], written: models.Models) -> None:
         first = cases[0]
         speculators = self._speculators(cases)
+        if not speculators:
+            return
         self._tell(f"{first.name}: writing the models")
         setup = written.setup(cases)
         epsilon = written.epsilon(first.pair)
@@ -172,19 +185,20 @@ class _Session:
                     self._case(case, speculators, len(cases))
 
     def _speculators(self, cases: Sequence[Case]) -> list[Speculator]:
-        """One for each system and mode that a case has."""
-        wanted: dict[tuple[str, str], Speculator] = {}
-        for case in cases:
-            for name, lengths in case.systems:
-                for length in lengths:
-                    key = name, length if isinstance(length, str) else FIXED
-                    if key in wanted:
-                        continue
-                    try:
-                        wanted[key] = make(*key, bind=self.options.bind, openmp=self.options.openmp)
-                    except ImportError as error:
-                        self.missing.append(f"{case.name}: {name}: {error}")
-        return list(wanted.values())
+        """One for each system and mode that a case has, and that can run here."""
+        wanted: dict[tuple[str, str], Speculator | None] = {}
+        for name, length in (pair for case in cases for pair in _lengths(case)):
+            key = name, _mode(length)
+            if key not in wanted:
+                wanted[key] = self._made(cases[0], *key)
+        return [one for one in wanted.values() if one is not None]
+
+    def _made(self, case: Case, name: str, mode: str) -> Speculator | None:
+        try:
+            return make(name, mode, bind=self.options.bind, openmp=self.options.openmp)
+        except ImportError as error:
+            self.missing.append(f"{case.name}: {name}, draft tokens {mode}: {error}")
+        return None
 
     def _check_threads(self, case: Case, speculators: Sequence[Speculator]) -> None:
         threads = {f"{one.title}, {one.mode}": one.threads for one in speculators}
@@ -193,12 +207,11 @@ class _Session:
 
     def _case(self, case: Case, speculators: Sequence[Speculator], of: int) -> None:
         by_mode = {(one.name, one.mode): one for one in speculators}
-        contenders = []
-        for name, lengths in case.systems:
-            for length in lengths:
-                one = by_mode.get((name, length if isinstance(length, str) else FIXED))
-                if one is not None:
-                    contenders.append(Contender(one, length))
+        contenders = [
+            Contender(by_mode[name, _mode(length)], length)
+            for name, length in _lengths(case)
+            if (name, _mode(length)) in by_mode
+        ]
         prompts = models.prompts(case)
         turns = take_turns(
             contenders,

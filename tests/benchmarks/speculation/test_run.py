@@ -152,6 +152,22 @@ def test_what_does_not_fit_is_named(played: type[Played], monkeypatch: pytest.Mo
     assert not played.asked
 
 
+def test_a_system_that_is_not_installed_is_named_once_a_mode(
+    played: type[Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str, mode: str, **settings: str) -> Speculator:
+        if name == "cpu_attn":
+            raise ImportError("no vllm")
+        return Played(name, mode, **settings)
+
+    monkeypatch.setattr(speculation, "make", absent)
+    report = run(OPTIONS)
+    assert {row.system for row in report.rows} == {"bmc_vllm"}
+    assert report.missing == [
+        f"{NGRAM_CASE.name}: cpu_attn, draft tokens {mode}: no vllm" for mode in (NONE, "fixed")
+    ]
+
+
 def test_document_table_and_picture(
     played: type[Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
