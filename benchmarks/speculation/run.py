@@ -174,6 +174,9 @@ class _Session:
             return
         with ExitStack() as stack:
             for number, one in enumerate(speculators):
+                if self._budget.is_spent():
+                    self._leave_out(cases, OUT_OF_TIME)
+                    return
                 stack.callback(one.close)
                 self._tell(f"{one.title}, {one.mode}: starting", 0.5 * number / len(speculators))
                 one.start(setup)

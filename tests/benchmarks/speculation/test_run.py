@@ -168,6 +168,12 @@ def test_a_system_that_is_not_installed_is_named_once_a_mode(
     ]
 
 
+def test_a_quick_list_starts_nothing_when_its_seconds_are_over(played: type[Played]) -> None:
+    report = run(replace(OPTIONS, seconds=0.0))
+    assert not played.asked
+    assert report.missing == [f"{NGRAM_CASE.name}: {speculation.OUT_OF_TIME}"]
+
+
 def test_document_table_and_picture(
     played: type[Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
