@@ -6,6 +6,7 @@ VENV ?= .venv
 PORT ?= 8000
 HOST ?= 127.0.0.1
 MODEL ?=
+SPECULATE ?=
 ARGS ?=
 JOBS ?= 2
 TORCH_INDEX ?=
@@ -20,6 +21,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses "$(JOBS)
 help: ## list the targets and settings
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 	@echo "settings: MODEL=path-or-name HOST=$(HOST) PORT=$(PORT) ARGS=\"options of vllm serve\""
+	@echo "          SPECULATE=ngram|draft (draft: of the demo model)"
 	@echo "          VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=address-of-PyTorch's-CPU-wheels"
 	@echo "          ARGS also goes to pytest: make test ARGS=\"-k server\"; JOBS=0: in one process"
 
@@ -28,7 +30,8 @@ setup: ## make the environment and build the kernels
 	@$(PYTHON) tools/setup_env.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
 
 serve: setup ## start the server (makes the demo model when MODEL is not given)
-	@$(BIN)/python tools/serve.py --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" -- $(ARGS)
+	@$(BIN)/python tools/serve.py --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" \
+		--speculate "$(SPECULATE)" -- $(ARGS)
 
 test: setup ## run every test
 	@$(PYTEST) $(ARGS)

@@ -3,6 +3,7 @@
     kernel     one layer's attention: BMC, vLLM's CPU_ATTN and torch's sdpa
     step       a whole decode step of vLLM: BMC against CPU_ATTN
     generate   a decode step of Hugging Face generation and DeepSpeed, with BMC and without
+    speculation  draft tokens: BMC's controller, fixed lengths, and the frameworks' own
     growth     the r that the analytical model picks against measured times
     pool       block tables of a worn KV pool: BMC's block managers against vLLM's own
     overhead   microseconds of a layer of vLLM before anything is computed: BMC against CPU_ATTN

@@ -14,6 +14,7 @@ from benchmarks.lib.command import renamed
 from benchmarks.overhead import command as overhead
 from benchmarks.pool import command as pool
 from benchmarks.sampling import command as sampling
+from benchmarks.speculation import command as speculation
 from benchmarks.step import command as step
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("kernel")(kernel.command)
 app.command("step")(step.command)
 app.command("generate")(generate.command)
+app.command("speculation")(speculation.command)
 app.command("growth")(growth.command)
 app.command("pool")(pool.command)
 app.command("overhead")(overhead.command)

@@ -5,6 +5,7 @@ printed, and one that the user has set already is left alone.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import socket
 import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file is run as a script
@@ -28,6 +30,10 @@ SEVERAL_WORKERS = (
     "-dp",
 )  # fmt: skip
 GIB = 1 << 30
+SPECULATE = ("ngram", "draft")
+# Most draft tokens of a step: BMC chooses for each request how many are worth verifying, and
+# those of n-gram cost nothing to make.
+MAX_DRAFT_TOKENS = {"ngram": 16, "draft": 8}
 
 
 def say(text: str) -> None:
@@ -83,13 +89,55 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def speculation_name(text: str) -> str:
+    if text not in ("", *SPECULATE):
+        raise argparse.ArgumentTypeError(
+            f"SPECULATE={text!r} is not known; allowed: {', '.join(SPECULATE)}, or nothing"
+        )
+    return text
+
+
+def demo_folder() -> Path:
+    """The demo model and its draft, made now if they are not there."""
+    try:
+        return demo_model.ensure()
+    except OSError as error:
+        raise SystemExit(f"serve: error: no demo model: {error}") from None
+
+
+def check_speculation(speculate: str, model: str, arguments: Sequence[str]) -> None:
+    """Say what cannot be speculated with before anything is made or loaded."""
+    if not speculate:
+        return
+    if any(text.startswith(("--speculative-config", "-sc")) for text in arguments):
+        raise SystemExit(
+            f"serve: error: SPECULATE={speculate} and --speculative-config in ARGS; "
+            "allowed: one of them"
+        )
+    if speculate == "draft" and model:
+        raise SystemExit(
+            f"serve: error: SPECULATE=draft with MODEL={model}; allowed: the demo model, which "
+            'has a draft of its own. For another: ARGS="--speculative-config.model=DRAFT '
+            '--speculative-config.num_speculative_tokens=8"'
+        )
+
+
+def speculation_arguments(speculate: str) -> list[str]:
+    """Options of `vllm serve` for draft tokens; the number in them is the most per step."""
+    if not speculate:
+        return []
+    config: dict[str, Any] = {"num_speculative_tokens": MAX_DRAFT_TOKENS[speculate]}
+    if speculate == "draft":
+        config = {"method": "draft_model", "model": str(demo_folder() / "draft"), **config}
+    else:
+        config = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 5, **config}
+    return ["--speculative-config", json.dumps(config)]
+
+
 def model_arguments(model: str) -> list[str]:
     """The model to serve; without one the demo model, under the short name "demo"."""
     if not model:
-        try:
-            path = demo_model.ensure() / "target"
-        except OSError as error:
-            raise SystemExit(f"serve: error: no demo model: {error}") from None
+        path = demo_folder() / "target"
         say(f"MODEL is not given: serving the demo model as 'demo' ({path})")
         return [str(path), "--served-model-name", "demo"]
     looks_like_path = model.startswith((".", "/", "~"))
@@ -107,14 +155,20 @@ def main() -> None:
     parser.add_argument("--model", default="", help="directory or name (default: demo model)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=port_number, default=8000)
+    parser.add_argument(
+        "--speculate", type=speculation_name, default="",
+        help=f"speculative decoding: {', '.join(SPECULATE)} (default: none)",
+    )  # fmt: skip
     parser.add_argument("arguments", nargs="*", help="passed to `vllm serve`, after --")
     arguments = parser.parse_args()
 
+    check_speculation(arguments.speculate, arguments.model, arguments.arguments)
     check_port(arguments.host, arguments.port)
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", *model_arguments(arguments.model),
         "--host", arguments.host, "--port", str(arguments.port),
-        "--attention-backend", "BMC", *arguments.arguments,
+        "--attention-backend", "BMC", *speculation_arguments(arguments.speculate),
+        *arguments.arguments,
     ]  # fmt: skip
     if shutil.which(command[0]) is None:
         raise SystemExit(f"serve: error: no vllm beside {sys.executable}; run make setup")

@@ -105,9 +105,9 @@ def pool_bytes(shape: LlamaShape, batch: Batch) -> int:
     return int(1.25 * batch.sequences * rows * shape.row_bytes)
 
 
-def environment(bind: str, cache: Path) -> dict[str, str]:
+def environment(bind: str, cache: Path, openmp: str = "libgomp") -> dict[str, str]:
     """Variables of an engine. What vLLM preloads for its own worker processes is preloaded here as
-    well, since the engine runs in the worker itself."""
+    well, since the engine runs in the worker itself. `openmp`: see `preloads`."""
     search = [str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -115,16 +115,26 @@ def environment(bind: str, cache: Path) -> dict[str, str]:
         "VLLM_CACHE_ROOT": str(cache),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "LD_PRELOAD": ":".join(map(str, preloads())),
+        "LD_PRELOAD": ":".join(map(str, preloads(openmp))),
         "PYTHONPATH": os.pathsep.join(search),
     }
 
 
-def preloads() -> list[Path]:
-    """vLLM's allocator and torch's OpenMP runtime, where they are."""
+def preloads(openmp: str = "libgomp") -> list[Path]:
+    """vLLM's allocator and an OpenMP runtime, where they are: "libgomp" is torch's own, "libiomp5"
+    Intel's, which vLLM advises for speculation.
+
+    Raises:
+        ImportError: libiomp5 is not installed.
+    """
     found: list[Path] = []
     spec = importlib.util.find_spec("vllm")
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations))) / "libs"
         found += sorted(folder.glob("libtcmalloc*.so*"))[:1]
-    return found + sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
+    if openmp == "libgomp":
+        return found + sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
+    intel = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if not intel.exists():
+        raise ImportError(f"libiomp5 is not at {intel}; pip install intel-openmp")
+    return [*found, intel]

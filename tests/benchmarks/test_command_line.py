@@ -12,6 +12,7 @@ from benchmarks import __main__ as command_line
 from benchmarks.kernel import run as kernel
 from benchmarks.kernel.operators import Unusable
 from benchmarks.kernel.run import Report
+from benchmarks.speculation import run as speculation
 from benchmarks.step import run as step
 from tests.support.kernel_cases import TINY_CASES
 
@@ -36,6 +37,10 @@ def test_help_names_every_option() -> None:
     assert code == 0
     for option in ("only", "bind", "rounds", "steps", "compile", "prefill", "goals", "json"):
         assert f"--{option}" in text
+    code, text = invoke("speculation", "--help")
+    assert code == 0
+    for option in ("cases", "only", "bind", "openmp", "rounds", "goals", "json", "plot"):
+        assert f"--{option}" in text
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,14 @@ def test_help_names_every_option() -> None:
         (["step", "--bind", "all"], ["--bind is 'all'", "allowed: CPU numbers"]),
         (["step", "--only", "nothing"], ["--only is 'nothing'", "mha 8x2000"]),
         (["step", "--rounds", "0"], ["--rounds"]),
+        (
+            ["speculation", "--only", "nothing"],
+            ["--only is 'nothing'", "small ngram", "controller"],
+        ),
+        (["speculation", "--bind", "all"], ["--bind is 'all'", "allowed: CPU numbers"]),
+        (["speculation", "--openmp", "libomp"], ["--openmp", "libgomp", "libiomp5"]),
+        (["speculation", "--cases", "all"], ["--cases", "quick", "full"]),
+        (["speculation", "--plot", "/"], ["--plot is /", "allowed: the name of a file"]),
     ],
 )
 def test_errors_name_the_option_and_what_is_allowed(
@@ -59,6 +72,7 @@ def test_errors_name_the_option_and_what_is_allowed(
 ) -> None:
     monkeypatch.setattr(kernel, "run", None)
     monkeypatch.setattr(step, "run", None)
+    monkeypatch.setattr(speculation, "run", None)
     code, text = invoke(*arguments)
     assert code == 2
     for word in words:

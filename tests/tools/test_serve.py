@@ -1,5 +1,8 @@
 """What `make serve` chooses where the user has not."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tools import serve
@@ -30,3 +33,21 @@ def test_what_is_set_stays(two_cores: None) -> None:
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "1"}
     serve.choose_settings(environment, ["-tp", "2"])
     assert environment == {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "1"}
+
+
+def test_ngram_speculation_needs_no_model_of_its_own() -> None:
+    name, config = serve.speculation_arguments("ngram")
+    assert name == "--speculative-config"
+    assert json.loads(config)["num_speculative_tokens"] == 16
+    assert json.loads(config)["method"] == "ngram"
+    assert serve.speculation_arguments("") == []
+
+
+def test_a_draft_is_the_demo_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(serve.demo_model, "ensure", lambda: tmp_path)
+    _, config = serve.speculation_arguments("draft")
+    assert json.loads(config) == {
+        "method": "draft_model",
+        "model": str(tmp_path / "draft"),
+        "num_speculative_tokens": 8,
+    }

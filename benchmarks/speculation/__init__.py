@@ -1,0 +1,1 @@
+"""`python -m benchmarks speculation`: draft tokens with BMC and without it."""
