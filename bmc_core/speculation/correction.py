@@ -20,7 +20,7 @@ from bmc_core.speculation.costs import Floats
 
 LEVEL_SAMPLES = 9
 FORM_SAMPLES = 31
-FEW_SAMPLES = (0.0, 0.33, 0.5)
+FEW_SAMPLES = (0.0, 0.5, 0.7)
 """What a deviation of so many samples counts for: they may be stalls."""
 AGE_STEPS = 256
 """After so many steps without a sample a deviation loses one of its own."""

@@ -24,6 +24,8 @@ PROBED_REQUESTS = 8
 """Requests that a step probes at most, as each takes a row."""
 PROBE_WEIGHT = 8.0
 """Observations that the past counts for when a probe starts."""
+FOLLOW_UPS = 4
+"""Of a drafter's probe that was right."""
 PROBE_SHARE = 0.02
 """Of all steps, for probes of a drafter and the rows that they catch up on."""
 GAIN_SHARE = 0.1
@@ -92,6 +94,8 @@ class DrafterRest:
         self._due = 0
         self._gap = FIRST_STEPS
         self._credit = 0.0
+        self._follow_ups = 0
+        self._rewarded = False
 
     def park(self, now: int) -> None:
         """It pays no more. One that had woken only for a moment sleeps longer."""
@@ -120,7 +124,12 @@ class DrafterRest:
 
     def probe(self, now: int) -> None:
         """It runs for one step."""
-        self._gap = min(2 * self._gap, MOST_STEPS)
+        if self._rewarded:
+            self._follow_ups -= 1
+        else:
+            self._follow_ups = FOLLOW_UPS
+            self._gap = min(2 * self._gap, MOST_STEPS)
+        self._rewarded = False
         self._due = now + self._gap
         self.ran = now
 
@@ -129,5 +138,7 @@ class DrafterRest:
         self._due = now + POSTPONED_STEPS
 
     def rewarded(self, now: int) -> None:
-        """The probe was right: another follows at once."""
-        self._due = now
+        """The probe was right: another follows at once, but for some that still do not pay."""
+        if self.parked and self._follow_ups > 0:
+            self._rewarded = True
+            self._due = now
