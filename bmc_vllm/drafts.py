@@ -132,8 +132,8 @@ class Drafts:
         ahead = 1 + self._steps if self._has_rows and self._steps else 0
         if not ahead and not any(at_hand):
             return
-        budget = self._spare_budget()
-        asked = [self._offer(request, budget, ahead) for request in requests]
+        budget, most = self._spare_budget(), self._most()
+        asked = [self._offer(request, budget, most, ahead) for request in requests]
         lengths = self.controller.verified_lengths(asked, at_hand) if any(at_hand) else at_hand
         for request, length in zip(requests, lengths, strict=True):
             length = max(0, min(length, budget))
@@ -233,15 +233,15 @@ class Drafts:
         inputs = scheduler.scheduler_config.max_num_batched_tokens - slots * self._draft_slots
         return min(scheduler.max_num_scheduled_tokens, inputs) - needed
 
-    def _offer(self, request: Request, budget: int, ahead: int) -> DraftRequest:
-        """How many of its draft tokens a request may verify in this step.
+    def _offer(self, request: Request, budget: int, most: int, ahead: int) -> DraftRequest:
+        """How many of its draft tokens a request may verify in this step, `most` of them.
 
         Args:
             ahead: rows that it wants behind them.
         """
         name, own = request.request_id, request.num_tokens
         useful = self._useful(request, own)
-        limit = min(len(request.spec_token_ids), self._most(), useful)
+        limit = min(len(request.spec_token_ids), most, useful)
         if budget <= 0:
             limit = 0
         elif limit + ahead:

@@ -7,9 +7,9 @@ Promises: draft tokens get
   hold no cached prefix, nobody waits, no running request has to look for blocks outside its own
   chunk in this step, and one free block is left for each of them.
 
-What such a growth took and accepted tokens do not fill is taken back before a step in which that is
-not so. Every step therefore schedules, admits, refuses and preempts as if there had never been a
-draft token.
+What such a growth took and accepted tokens do not fill is taken back before a step in which a
+request waits, needs blocks outside its chunk or finds the pool short. Every step therefore
+schedules, admits, refuses and preempts as if there had never been a draft token.
 
 Knows nothing of which draft tokens pay; that is `drafts`' business.
 """

@@ -69,6 +69,7 @@ def make_scheduler(
     method: str | None = "ngram",
     most: int = 4,
     kind: str = "full",
+    log_stats: bool = False,
     **settings: Any,
 ) -> Any:
     """A BMCScheduler over a pool of its own.
@@ -94,7 +95,7 @@ def make_scheduler(
         ),
         structured_output_manager=structured,
         block_size=BLOCK,
-        log_stats=False,
+        log_stats=log_stats,
     )
     return scheduler
 

@@ -12,6 +12,7 @@ from bmc_core.speculation import StepCosts, StepTimes
 from bmc_vllm.drafters.clock import STEP_COSTS, STEP_TIMES
 from bmc_vllm.drafters.drafting import DRAFTERS
 from bmc_vllm.drafts import TAKEN_BACK
+from bmc_vllm.metrics import FOLDER, _Collector
 from tests.support.managers import BLOCK, KINDS
 from tests.support.schedulers import (
     abort,
@@ -141,7 +142,7 @@ operations = st.lists(
     caching=st.booleans(),
     operations=operations,
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_drafts_disturb_nobody(
     num_blocks, kind, method, length, policy, caching, operations
 ) -> None:
@@ -337,3 +338,24 @@ def test_without_speculation_there_are_no_drafts() -> None:
     scheduler = make_scheduler(60, None)
     assert scheduler.drafts is None
     assert scheduler.dynamic_sd_lookup is None
+
+
+def test_what_became_of_drafts_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    scheduler = make_scheduler(60, log_stats=True)
+    add(scheduler, "a", range(10), max_tokens=8)
+    while scheduler.requests:
+        step(scheduler)
+    collector = _Collector()
+    collector.instances.append(scheduler.vllm_config.instance_id)
+    found = {
+        sample.name + sample.labels.get("k", ""): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
+    # A token with the prompt, 4 drafts and a token, and of the last two one is drafted: in row 17.
+    assert found["bmc:spec_decode_rows_used_total"] == 5
+    assert found["bmc:spec_decode_rows_offered_total"] == 5
+    assert found["bmc:spec_decode_lengths_total4"] == 1
+    assert found["bmc:spec_decode_lengths_total1"] == 1
+    assert found["bmc:spec_decode_growths_total"] == 1
