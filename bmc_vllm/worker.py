@@ -111,7 +111,7 @@ class BMCWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()
         # With a fixed number of draft tokens nobody asks what they cost.
-        if self._clock is not None and getattr(self._settings, "draft_length", AUTO) == AUTO:
+        if self._clock is not None and self._settings.draft_length == AUTO:
             self._clock.costs = measured_costs(self.model_runner)
             if self._clock.costs is not None and self.is_driver_worker:
                 logger.info("BMC: speculation: %s", in_words(self._clock.costs))
