@@ -1,8 +1,9 @@
 """The Python of README and docs runs as it is printed.
 
 Each page's blocks run in order in one process, in a folder that holds `my-model`, a tiny Llama with
-a tokenizer: what the pages call `./my-model`. Nothing else is prepared for them. A comment before a
-block says what more it needs:
+a tokenizer, and `my-small-model`, a smaller one: what the pages call `./my-model` and
+`./my-small-model`. Nothing else is prepared for them. A comment before a block says what more it
+needs:
 
 - `<!-- needs: engine -->` it starts a vLLM engine: it runs alone, as a script;
 - `<!-- needs: server -->` it talks to the server of `make serve`. Here it is compiled, and
@@ -64,6 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     fast.save_pretrained(path / "my-model")
     tiny_decoders.make("llama-gqa").save_pretrained(path / "my-model")
+    small = tiny_decoders.make("llama-gqa", num_hidden_layers=1)
+    small.save_pretrained(path / "my-small-model")
     return path
 
 
