@@ -197,7 +197,8 @@ class BMCSlidingLayer(BMCLayer):
 
     def check_truncate(self, length: int) -> None:
         """Raises RuntimeError where rows that the next step would see were dropped already."""
-        if max(0, length - self.sliding_window + 1) < self._first_held():
+        # Without tokens there is nothing before the next step.
+        if length and max(0, length - self.sliding_window + 1) < self._first_held():
             raise RuntimeError(
                 f"crop to {length} tokens: the window of {self.sliding_window} rows before it was "
                 "dropped already. Call activate_past_recording before the rows that are to be "
@@ -206,7 +207,7 @@ class BMCSlidingLayer(BMCLayer):
 
     def truncate(self, length: int) -> None:
         self.check_truncate(length)
-        super().truncate(length - self._first_held())
+        super().truncate(max(0, length - self._first_held()))
         self.cumulative_length = length
         self._safe_length = length
 

@@ -196,7 +196,9 @@ class Drafts:
                 tokens.clear()
         names = getattr(drafts, DRAFTERS, None)
         if names is not None:
-            self._drafters.update(zip(drafts.req_ids, names, strict=True))
+            made = zip(drafts.req_ids, names, strict=True)
+            # A request that ended with this step was forgotten already.
+            self._drafters.update((r, name) for r, name in made if r in self._scheduler.requests)
 
     def forget(self, request_id: str) -> None:
         """The request ends, or is preempted."""

@@ -188,8 +188,10 @@ class SpeculationController:
             self._rest.wake(now)
             return plan.draft_steps
         if self._rest.due(now):
-            if self._rest.pay(self._probe_price(requests), now):
-                return self._probe_drafter(requests)
+            # Who has room may have another drafter.
+            able = [r for r in requests if r.limit > 0 and not self._drafts_free(r)]
+            if able and self._rest.pay(self._probe_price(requests), now):
+                return self._probe_drafter(able)
             self._rest.postpone(now)
         self.parked_steps += 1
         return 0
@@ -398,8 +400,7 @@ class SpeculationController:
         since = self._request_probes.since[self._slots(requests)]
         return int((self._now - np.maximum(since, self._rest.ran)).sum())
 
-    def _probe_drafter(self, requests: Sequence[DraftRequest]) -> int:
-        able = [r for r in requests if r.limit > 0 and not self._drafts_free(r)]
+    def _probe_drafter(self, able: Sequence[DraftRequest]) -> int:
         start = self.probes * PROBED_REQUESTS % len(able)
         probed = [*able, *able][start : start + min(PROBED_REQUESTS, len(able))]
         self._probes.update(request.request_id for request in probed)

@@ -195,7 +195,7 @@ def candidate_generator(
         stock: the model's own `_get_candidate_generator`.
 
     Raises:
-        ValueError: more than one sequence.
+        ValueError: more than one sequence, or a cache whose rows can neither be used nor dropped.
     """
     bound = _GET_CANDIDATE_GENERATOR.bind(model, *args, **kwargs)
     bound.apply_defaults()
@@ -207,6 +207,7 @@ def candidate_generator(
             f"{setting} with a batch of {batch} sequences: allowed is one sequence "
             "(batch_size = 1), transformers verifies no more"
         )
+    _start_over(given)
     made = stock(*args, **kwargs)
     ours: SteeredGenerator | str = f"{type(made).__name__} is none that BMC knows"
     if type(made) is PromptLookupCandidateGenerator:
@@ -220,6 +221,32 @@ def candidate_generator(
     if call is not None:
         call.generator = ours
     return ours
+
+
+def _start_over(given: Mapping[str, Any]) -> None:
+    """Drops the rows of a user's cache that hold the first of the tokens.
+
+    Where it verifies drafts, transformers computes all tokens in the first forward, and would put
+    their rows behind those.
+    """
+    cache = given["model_kwargs"].get("past_key_values")
+    mask = given["model_kwargs"].get("attention_mask")
+    held = 0 if cache is None else int(cache.get_seq_length())
+    # A longer mask says that the tokens are new ones.
+    if not held or (mask is not None and mask.shape[-1] != given["input_ids"].shape[1]):
+        return
+    try:
+        cache.crop(-held)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"past_key_values with {held} rows beside drafts: transformers computes all tokens "
+            f"anew, and this cache cannot drop its rows ({error}); allowed: an empty one"
+        ) from error
+    log_once(
+        logger,
+        "bmc_transformers: past_key_values held rows of the text. Where it verifies drafts, "
+        "transformers computes all of them anew: they were dropped",
+    )
 
 
 def _setting(given: Mapping[str, Any]) -> str | None:

@@ -328,6 +328,18 @@ def test_acceptance_is_of_the_drafter_that_made_the_draft() -> None:
     assert calls == [("a", 4, 3, "ngram"), ("b", 2, 1, "draft_model")]
 
 
+def test_nothing_is_kept_of_requests_that_ended_with_the_step_of_their_drafts() -> None:
+    scheduler = make_scheduler(60, "draft_model")
+    for i in range(3):
+        add(scheduler, f"{i}", range(10), max_tokens=1)
+        step(scheduler)
+        drafts = DraftTokenIds([f"{i}"], [[9] * 4])
+        setattr(drafts, DRAFTERS, ["ngram"])
+        scheduler.update_draft_token_ids(drafts)  # vLLM's order: after the step's output
+    assert not scheduler.requests
+    assert not scheduler.drafts._drafters
+
+
 def test_fixed_and_auto_lengths() -> None:
     for setting, fixed in (("fixed", True), ("auto", False)):
         scheduler = make_scheduler(60, bmc={"draft_length": setting})

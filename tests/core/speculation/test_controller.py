@@ -120,6 +120,15 @@ def test_a_free_drafter_beside_a_draft_model() -> None:
     assert seen[-1][1] == [16, 0]
 
 
+def test_no_probe_of_a_draft_model_whose_requests_have_no_room() -> None:
+    steered = controller(COSTS, 16)
+    play(steered, batch(2, drafter="draft"), lambda _: 0, 100)
+    probes = steered.probes
+    requests = [DraftRequest(0, 1000, 16, "ngram"), DraftRequest(1, 1000, 0, "draft")]
+    assert all(k == 0 for k, _ in play(steered, requests, lambda _: 0, 1000))
+    assert steered.probes == probes
+
+
 @pytest.mark.parametrize("costs", [COSTS, FREE, None])
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)

@@ -322,6 +322,24 @@ def test_an_interrupted_round_leaves_verified_rows_only(fails_at: int, drafts: s
     assert torch.equal(text(model, **arguments).sequences, stock)
 
 
+@pytest.mark.parametrize("kind", ["bmc", "dynamic"])
+@pytest.mark.parametrize("drafts", ["assistant", "lookup"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_conversation_in_a_cache_of_the_users(name: str, drafts: str, kind: str) -> None:
+    model, plain = enable(build(name), 16, speculate="fixed"), build(name)
+    arguments: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if drafts == "assistant":
+        arguments = {"assistant_model": certain(draft(build(name)))}
+    cache = BMCCache(model.config, 16) if kind == "bmc" else DynamicCache(config=model.config)
+    ids = prompt(1)
+    for _ in range(3):
+        stock = text(plain, 15, inputs=ids).sequences
+        ids = text(model, 15, inputs=ids, past_key_values=cache, **arguments).sequences
+        assert torch.equal(ids, stock)
+        assert cache.get_seq_length() == ids.shape[1] - 1
+        ids = torch.cat((ids, prompt(1)[:, :5]), dim=1)
+
+
 def constant(probabilities: torch.Tensor) -> PreTrainedModel:
     """A model that expects the same next token whatever it has read."""
     model, _ = pair(0.0, layers=1, hidden=32, vocabulary=len(probabilities))
