@@ -50,10 +50,10 @@ def check(vllm_config: VllmConfig) -> None:
     """Raises ValueError for what does not run with BMC; chooses the model runner that has its
     hooks."""
     speculative = vllm_config.speculative_config
+    _check_two_drafters(vllm_config)
     if speculative is None:
         return
     _check_method(speculative)
-    _check_two_drafters(vllm_config)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model is not None and model.is_hybrid:
         raise ValueError(
@@ -98,6 +98,13 @@ def _check_two_drafters(vllm_config: VllmConfig) -> None:
         return
     speculative: Any = vllm_config.speculative_config
     name = f"additional_config[{KEY!r}]['prompt_lookup_max']={lookup[1]}"
+    if speculative is None:
+        raise ValueError(
+            f"{name} without speculative_config: a second drafter beside a draft model; allowed: "
+            f"with method {DRAFT_MODEL!r}. For copied drafts alone: "
+            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 16, '
+            f'"prompt_lookup_max": {lookup[1]}}}\''
+        )
     if speculative.method != DRAFT_MODEL:
         raise ValueError(
             f"{name} with method={speculative.method!r}: a second drafter beside a draft model; "

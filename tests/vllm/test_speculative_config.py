@@ -48,6 +48,12 @@ def test_refused_with_speculation(
         config_of(model_dir(model), speculative_config=NGRAM, **settings)
 
 
+def test_copied_drafts_without_speculation(model_dir: ModelStore) -> None:
+    message = r"\['prompt_lookup_max'\]=3 without speculative_config: .*\"method\": \"ngram\""
+    with pytest.raises(ValueError, match=message):
+        config_of(model_dir("llama-gqa"), additional_config={"bmc": {"prompt_lookup_max": 3}})
+
+
 def test_copied_drafts_have_no_probabilities(model_dir: ModelStore) -> None:
     with pytest.raises(ValueError, match="draft_sample_method='probabilistic'.* allowed: 'greedy'"):
         config_of(
