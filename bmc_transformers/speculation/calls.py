@@ -25,7 +25,7 @@ from transformers.generation.candidate_generator import (
 
 from bmc_core.log import log_once
 from bmc_transformers.cache import BMCCache
-from bmc_transformers.speculation.draft_model import DraftModelGenerator
+from bmc_transformers.speculation.draft_model import Doubts, DraftModelGenerator
 from bmc_transformers.speculation.lookup import LONGEST_MATCH, LookupGenerator
 from bmc_transformers.speculation.settings import Speculation
 from bmc_transformers.speculation.steering import SteeredGenerator
@@ -288,4 +288,5 @@ def _draft_model(
         attention_mask=None if mask is None else mask.to(device),
         position_ids=None if positions is None else positions.to(device),
         confidence=stock.assistant_confidence_threshold or 0.0,
+        doubts=Doubts(always=speculation.setting == "fixed"),
     )

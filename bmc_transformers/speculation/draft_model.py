@@ -24,6 +24,35 @@ from bmc_transformers.speculation.steering import SteeredGenerator, Steering
 
 NAME = "draft model"
 
+ENOUGH_DOUBTS, MOST_DOUBTS = 8, 64
+"""Tokens that it was unsure of: before they say what its doubts are worth, and as it forgets."""
+
+
+class Doubts:
+    """Whether a draft model is right to be unsure: drafts end at its doubts as long as it is.
+
+    Args:
+        always: they end there in any case.
+    """
+
+    def __init__(self, *, always: bool) -> None:
+        self._always = always
+        self._seen = 0.0
+        self._unfounded = 0.0
+
+    @property
+    def end_drafts(self) -> bool:
+        """Whether most tokens that it was unsure of were wrong, as far as is known."""
+        known = self._seen >= ENOUGH_DOUBTS and not self._always
+        return not known or 2 * self._unfounded <= self._seen
+
+    def observe(self, was_right: bool) -> None:
+        """A token that it was unsure of was verified behind none that was wrong."""
+        if self._seen >= MOST_DOUBTS:
+            self._seen, self._unfounded = self._seen / 2, self._unfounded / 2
+        self._seen += 1
+        self._unfounded += was_right
+
 
 class DraftModelGenerator(SteeredGenerator):
     """Candidates for `assistant_model`; further arguments as `SteeredGenerator`.
@@ -35,6 +64,7 @@ class DraftModelGenerator(SteeredGenerator):
         position_ids: `[1, prompt]`; None: from 0 on.
         confidence: a round's drafts end behind a token that the assistant gives less probability;
             0: never.
+        doubts: whether they do.
         logits_processor: those of `generate`.
     """
 
@@ -47,6 +77,7 @@ class DraftModelGenerator(SteeredGenerator):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         confidence: float,
+        doubts: Doubts,
         logits_processor: LogitsProcessorList,
         **common: Any,
     ) -> None:
@@ -54,6 +85,9 @@ class DraftModelGenerator(SteeredGenerator):
         self.cache = cache
         self._assistant = assistant
         self._confidence = confidence
+        self._doubts = doubts
+        # Places in the round's drafts.
+        self._unsure: list[int] = []
         self._processors: Any = without_warpers(logits_processor)
         self._drafter = NAME
         self._mask = attention_mask
@@ -85,6 +119,15 @@ class DraftModelGenerator(SteeredGenerator):
             self._made = 0
         return drafts
 
+    def update_candidate_strategy(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int
+    ) -> None:
+        for place in self._unsure:
+            if place < self._proposed and place <= num_matches:
+                self._doubts.observe(place < num_matches)
+        self._unsure = []
+        super().update_candidate_strategy(input_ids, scores, num_matches)
+
     def _drop_rejected(self, ids: torch.Tensor) -> int:
         """Forgets rows of tokens that are not in the sequence; returns how many stay."""
         verified = ids[0, self._seen : self._seen + len(self._ahead)].tolist()
@@ -100,6 +143,7 @@ class DraftModelGenerator(SteeredGenerator):
     def _loop(self, ids: torch.Tensor, cached: int, steps: int) -> list[int]:
         drafts: list[int] = []
         self._seen, self._ahead = ids.shape[1], drafts
+        self._unsure = []
         rows = ids[:, cached:]
         for _ in range(steps):
             logits = self._logits(rows, cached)
@@ -113,7 +157,9 @@ class DraftModelGenerator(SteeredGenerator):
                 break
             drafts.append(token)
             if self._is_unsure(logits, token):
-                break
+                self._unsure.append(len(drafts) - 1)
+                if self._doubts.end_drafts:
+                    break
             if self._processors:
                 ids = torch.cat((ids, rows), dim=1)
         return list(drafts)

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 
 from bmc_core.policy import BMCPolicy
 from bmc_core.speculation import StepCosts
+from bmc_core.speculation.costs import at
 from bmc_transformers.cache import BMCCache
 
-TARGET_ROWS = (1, 16, 4, 8, 2)
+TARGET_ROWS = (1, 16, 4, 2, 3, 8, 6)
 """Rows of the forwards that are timed; the first two in any case."""
 DRAFT_ROWS = (1, 4)
+CONTEXT_TIMED_ROWS = (1, 4, 16)
+"""Of these also the forwards over the long cache: attention bends less than linear layers do."""
 BASE_ROWS = 16
 CONTEXT_ROWS = 2048
 MAX_CONTEXT_BYTES = 256 << 20
@@ -58,14 +61,13 @@ def forward_costs(
             logits.to(torch.float32).clone().argmax(dim=-1).tolist()
             cache.crop(-count)
 
-        near = _times(run, rows, seconds / 2)
+        near = _times(run, rows, 0.7 * seconds)
         context = _context_rows(model, cache, most)
         _fill(cache, context)
-        far = _times(run, rows, seconds / 2)
+        far = _times(run, [n for n in rows if n in CONTEXT_TIMED_ROWS], 0.3 * seconds)
     attention = {n: max(0.0, far[n] - near[n]) / context for n in near if n in far}
     per_row = _rising(attention)
-    longest = per_row[-1][1]
-    forward = {n: max(near[n] - BASE_ROWS * attention.get(n, longest), 1e-6) for n in near}
+    forward = {n: max(near[n] - BASE_ROWS * at(per_row, n), 1e-6) for n in near}
     return ForwardCosts(_rising(forward), per_row)
 
 

@@ -29,8 +29,9 @@ logger = logging.getLogger("bmc_transformers")
 
 Speculate = Literal["auto", "fixed"]
 
-SECONDS = 0.5
-"""For the forwards of one model: its own and a draft model's take a second together."""
+SECONDS = 1.0
+"""For the forwards of the model and its draft model together."""
+TARGET_SHARE = 0.8
 
 
 class Speculation:
@@ -94,8 +95,11 @@ class Speculation:
         input_ids: torch.Tensor,
     ) -> None:
         try:
-            target = self._measured(model, input_ids, TARGET_ROWS)
-            draft = None if assistant is None else self._measured(assistant, input_ids, DRAFT_ROWS)
+            seconds = TARGET_SHARE * SECONDS
+            target = self._measured(model, input_ids, TARGET_ROWS, seconds)
+            draft = None
+            if assistant is not None:
+                draft = self._measured(assistant, input_ids, DRAFT_ROWS, SECONDS - seconds)
         except Exception as error:
             # Whatever it is that this model's forward wants, `generate` may give it.
             log_once(
@@ -107,10 +111,14 @@ class Speculation:
         controller.set_costs(step_costs(target, draft))
 
     def _measured(
-        self, model: PreTrainedModel, input_ids: torch.Tensor, rows: tuple[int, ...]
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        rows: tuple[int, ...],
+        seconds: float,
     ) -> ForwardCosts:
         known = self._costs.setdefault(model, {})
         threads = torch.get_num_threads()
         if threads not in known:
-            known[threads] = forward_costs(model, input_ids, rows=rows, seconds=SECONDS)
+            known[threads] = forward_costs(model, input_ids, rows=rows, seconds=seconds)
         return known[threads]
