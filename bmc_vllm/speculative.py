@@ -55,6 +55,15 @@ def check(vllm_config: VllmConfig) -> None:
         return
     _check_method(speculative)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    tokens = speculative.num_speculative_tokens
+    if model is speculative.target_model_config and tokens >= model.max_model_len:
+        # vLLM's worker makes tables of so many columns, and may end without a word.
+        raise ValueError(
+            f"speculative_config: num_speculative_tokens={tokens} with "
+            f"max_model_len={model.max_model_len}: no request has room for as many draft tokens; "
+            f"allowed: 1 to {model.max_model_len - 1}; few are worth verifying, 8 of a draft model "
+            "and 16 of n-gram are plenty"
+        )
     if model is not None and model.is_hybrid:
         raise ValueError(
             f"speculative_config with the architecture {model.architecture!r}, which has layers "

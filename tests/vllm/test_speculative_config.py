@@ -60,6 +60,13 @@ def test_numbers_of_an_engine_that_speculates_are_shown(
     assert config.instance_id in shown
 
 
+def test_more_draft_tokens_than_a_request_has_rows(model_dir: ModelStore) -> None:
+    message = "num_speculative_tokens=256 with max_model_len=256: .* allowed: 1 to 255"
+    speculative = {**NGRAM, "num_speculative_tokens": 256}
+    with pytest.raises(ValueError, match=message):
+        config_of(model_dir("llama-gqa"), speculative_config=speculative)
+
+
 def test_copied_drafts_without_speculation(model_dir: ModelStore) -> None:
     message = r"\['prompt_lookup_max'\]=3 without speculative_config: .*\"method\": \"ngram\""
     with pytest.raises(ValueError, match=message):
