@@ -35,6 +35,9 @@ class BMCConfig:
         draft_length: of speculative decoding. ``"auto"``: as many draft tokens per request and
             step as pay, up to ``num_speculative_tokens``; ``"fixed"``: always so many, where there
             are spare rows for them.
+        prompt_lookup_max: beside a draft model, copy drafts from the request's text where so many
+            of its last tokens, or `prompt_lookup_min`, occurred before. None: no copied drafts.
+        prompt_lookup_min: least tokens that must match; None: as many as `prompt_lookup_max`.
     """
 
     r: int | Literal["auto"] | None = None

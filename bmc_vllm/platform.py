@@ -181,7 +181,12 @@ def _apply_bmc(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and is_bmc(vllm_config.attention_config.backend):
         _hand_down_to_draft(speculative)
-    if speculative is None or model is not speculative.draft_model_config:
+    # Methods without a draft model (n-gram) have the target's configuration in its place.
+    if (
+        speculative is None
+        or model is not speculative.draft_model_config
+        or model is speculative.target_model_config
+    ):
         # Not a configuration that vLLM derives for a draft model: that has no numbers of its own.
         from bmc_vllm import metrics
 

@@ -50,11 +50,20 @@ def check(vllm_config: VllmConfig) -> None:
     """Raises ValueError for what does not run with BMC; chooses the model runner that has its
     hooks."""
     speculative = vllm_config.speculative_config
+    _check_two_drafters(vllm_config)
     if speculative is None:
         return
     _check_method(speculative)
-    _check_two_drafters(vllm_config)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    tokens = speculative.num_speculative_tokens
+    if model is speculative.target_model_config and tokens >= model.max_model_len:
+        # vLLM's worker makes tables of so many columns, and may end without a word.
+        raise ValueError(
+            f"speculative_config: num_speculative_tokens={tokens} with "
+            f"max_model_len={model.max_model_len}: no request has room for as many draft tokens; "
+            f"allowed: 1 to {model.max_model_len - 1}; few are worth verifying, 8 of a draft model "
+            "and 16 of n-gram are plenty"
+        )
     if model is not None and model.is_hybrid:
         raise ValueError(
             f"speculative_config with the architecture {model.architecture!r}, which has layers "
@@ -98,6 +107,13 @@ def _check_two_drafters(vllm_config: VllmConfig) -> None:
         return
     speculative: Any = vllm_config.speculative_config
     name = f"additional_config[{KEY!r}]['prompt_lookup_max']={lookup[1]}"
+    if speculative is None:
+        raise ValueError(
+            f"{name} without speculative_config: a second drafter beside a draft model; allowed: "
+            f"with method {DRAFT_MODEL!r}. For copied drafts alone: "
+            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 16, '
+            f'"prompt_lookup_max": {lookup[1]}}}\''
+        )
     if speculative.method != DRAFT_MODEL:
         raise ValueError(
             f"{name} with method={speculative.method!r}: a second drafter beside a draft model; "

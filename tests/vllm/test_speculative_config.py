@@ -7,6 +7,7 @@ from vllm.config import VllmConfig
 from vllm.config import vllm as vllm_config_module
 from vllm.engine.arg_utils import EngineArgs
 
+from bmc_vllm import metrics
 from tests.support.engines import engine
 from tests.support.models import ModelStore
 
@@ -46,6 +47,30 @@ def test_refused_with_speculation(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(model_dir(model), speculative_config=NGRAM, **settings)
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_numbers_of_an_engine_that_speculates_are_shown(
+    model_dir: ModelStore, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(metrics, "publish", lambda config: shown.append(config.instance_id))
+    speculative = NGRAM if method == "ngram" else drafting(model_dir)
+    config = config_of(model_dir("llama-gqa"), speculative_config=speculative)
+    assert config.instance_id in shown
+
+
+def test_more_draft_tokens_than_a_request_has_rows(model_dir: ModelStore) -> None:
+    message = "num_speculative_tokens=256 with max_model_len=256: .* allowed: 1 to 255"
+    speculative = {**NGRAM, "num_speculative_tokens": 256}
+    with pytest.raises(ValueError, match=message):
+        config_of(model_dir("llama-gqa"), speculative_config=speculative)
+
+
+def test_copied_drafts_without_speculation(model_dir: ModelStore) -> None:
+    message = r"\['prompt_lookup_max'\]=3 without speculative_config: .*\"method\": \"ngram\""
+    with pytest.raises(ValueError, match=message):
+        config_of(model_dir("llama-gqa"), additional_config={"bmc": {"prompt_lookup_max": 3}})
 
 
 def test_copied_drafts_have_no_probabilities(model_dir: ModelStore) -> None:
