@@ -12,8 +12,8 @@ JOBS ?= 2
 TORCH_INDEX ?=
 
 BIN = $(VENV)/bin
-# Files of tests in JOBS processes, whose idle threads leave the cores to each other.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist loadfile
+# In JOBS processes (tests/conftest.py), whose idle threads leave the cores to each other.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-fast test-versions lint format build clean

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def wait_for_metric(server: Server, name: str, value: float) -> None:
 
 
 def test_metrics_of_all_ranks_until_an_api_server_is_killed(
-    demo_target: Path, tmp_path: Path
+    demo_target: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     port = free_port()
     command = [
@@ -49,8 +51,9 @@ def test_metrics_of_all_ranks_until_an_api_server_is_killed(
         "--api-server-count", "2", "--data-parallel-size", "2",
     ]  # fmt: skip
     cores = sorted(os.sched_getaffinity(0))
-    folder = tmp_path / "tmp"
-    folder.mkdir()
+    # vLLM's sockets lie here, whose names may have 107 bytes: pytest's folders are too deep.
+    folder = Path(tempfile.mkdtemp(prefix="bmc-"))
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
     env = environment(TMPDIR=str(folder), VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}")
     server = Server(command, port, tmp_path / "server.log", env)
     try:

@@ -90,7 +90,10 @@ def compare(found: Answers, expected: Answers) -> None:
 
 def test_tokens_are_those_without_speculation(model_dir: ModelStore, expected: Answers) -> None:
     settings = speculating(model_dir)
-    with engine(model_dir("llama-gqa"), "BMC", speculative_config=settings) as llm:
+    fixed = {"bmc": {"draft_length": "fixed"}}
+    with engine(
+        model_dir("llama-gqa"), "BMC", speculative_config=settings, additional_config=fixed
+    ) as llm:
         accepted = accepted_tokens(llm)
         for _ in range(2):  # seeds repeat
             compare(answers(llm), expected)
