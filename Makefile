@@ -12,8 +12,9 @@ JOBS ?= 2
 TORCH_INDEX ?=
 
 BIN = $(VENV)/bin
-# In JOBS processes (tests/conftest.py), whose idle threads leave the cores to each other.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist loadgroup
+# In JOBS processes, whose idle threads leave the cores to each other. "load" keeps the order: vLLM's
+# engines bind the threads of their process for good, so that tests/vllm must come last in each.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist load
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-fast test-versions lint format build clean

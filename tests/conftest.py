@@ -2,28 +2,12 @@
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from bmc_core import log
 
-TESTS = Path(__file__).parent
 RUNS = ("test_run.py", "test_contract.py")
-APART = (
-    *("docs", "packaging", "patches", "server", "tools"),
-    *("deepspeed/test_tensor_parallel.py", "vllm/test_parallel.py", "vllm/test_processes.py"),
-)
-"""What starts processes of its own, and has no part in the test process but to wait."""
-
-
-def group_of(path: Path) -> str:
-    """Tests of a group run in one process, in their order. vLLM's engines bind the threads of their
-    process for good, which no other test may meet."""
-    name = path.relative_to(TESTS).as_posix()
-    if name.startswith(APART):
-        return name
-    return "vllm" if name.startswith("vllm/") else "others"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     some other way carry the mark themselves.
     """
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
         if "server" in item.path.parts:
             item.add_marker(pytest.mark.server)
         elif "benchmarks" in item.path.parts and item.path.name in RUNS:
