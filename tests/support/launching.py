@@ -7,6 +7,7 @@ after the versions it was built for.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -86,11 +87,15 @@ def build_operator(timeout: float = 300) -> None:
     """Compiles the shared-memory operator unless it is there."""
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    if not list(folder.glob("*/deepspeed_shm_comm*.so")):
-        # What an interrupted build has left, its lock above all, would block the next one for ever.
-        shutil.rmtree(folder)
-        folder.mkdir()
-    run([sys.executable, "-c", BUILD_OPERATOR], free_port(), timeout)
+    # Tests run in several processes: one builds, the others wait.
+    with folder.with_name(f"{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*/deepspeed_shm_comm*.so")):
+            # What an interrupted build has left, its own lock above all, would block the next one
+            # for ever.
+            shutil.rmtree(folder)
+            folder.mkdir()
+        run([sys.executable, "-c", BUILD_OPERATOR], free_port(), timeout)
 
 
 def shared_buffers(port: int) -> list[Path]:
